@@ -1,0 +1,130 @@
+"""What may not be asked of OpenCLIP's flags: every rule with value, reason and remedy."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from jettclip.settings import DataSettings
+
+Rules = list[tuple[object, str]]
+"""Whether each rule is broken, and what to say then."""
+
+PRECISIONS = {"fp32": "fp32", "amp": "amp", "amp_bf16": "amp_bf16", "amp_bfloat16": "amp_bf16"}
+
+MOBILECLIP_FLAGS = {
+    "dataset-reinforcement": "stored augmentation is not there yet; store one teacher row an image, for --features",
+    "dataset-reinforcement-config": "stored augmentation is not there yet; leave it out",
+    "dataset-reinforcement-mix-synthetic": "synthetic captions are the long ones here: --long-caption-field",
+    "dataset-reinforcement-mix-synthetic-ratio": "weigh the views in the formula of --loss",
+    "dataset-reinforcement-sample-sequential": "stored augmentation is not there yet; leave it out",
+    "dataset-reinforcement-syn-text-key-regex": "say where captions stand with --long-caption-field",
+    "dataset-reinforcement-filter-image-size": "small images are not dropped; leave it out",
+    "distill-loss-weights": "the weights stand in the formula: --loss '0.25*clip@long + 0.75*kd@long'",
+    "distill-teacher-dimension": "the feature stores know their widths; leave it out",
+    "distill-average-after-softmax": "ensembles always average probabilities; leave it out",
+    "distill-logit-scale": "its name here is --teacher-scale",
+    "distill-logit-bias": "teachers with a bias are not supported; leave it out",
+}
+"""Flags that MobileCLIP's patch (github.com/apple/ml-mobileclip-dr) adds to OpenCLIP's trainer: what to do instead."""
+
+
+def range_rules(args: Namespace) -> Rules:
+    """Returns the rules for single flags of OpenCLIP's, each with whether it is broken."""
+    least = {"batch_size": 1, "epochs": 1, "workers": 0, "warmup": 0, "log_every_n_steps": 1}
+    unknown = sorted(set(trackers(args)) - {"tensorboard", "wandb"})
+    return [
+        *(
+            (getattr(args, name) < bound, f"{flag_of(name)} {getattr(args, name)} must be at least {bound}")
+            for name, bound in least.items()
+        ),
+        (args.lr is not None and args.lr <= 0, f"--lr {args.lr} must be positive, such as 5e-4"),
+        (
+            args.lr_scheduler not in ("cosine", "const", "const-cooldown"),
+            f"--lr-scheduler {args.lr_scheduler!r} is not one of cosine, const, const-cooldown",
+        ),
+        (unknown, f"--report-to {args.report_to!r} names {', '.join(unknown)}; give tensorboard, wandb or all"),
+    ]
+
+
+def combination_rules(args: Namespace, data: DataSettings) -> Rules:
+    """Returns the rules for flags that need or exclude one another, each with whether it is broken."""
+    return [
+        (
+            not (args.train_data or args.val_data or args.imagenet_val),
+            "no data: give --train-data to train, or --val-data or --imagenet-val to evaluate",
+        ),
+        (
+            args.opt.startswith("timm/") and args.lr is None,
+            f"--opt {args.opt} has no default learning rate; give --lr",
+        ),
+        (
+            args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None,
+            "--lr-scheduler const-cooldown needs --epochs-cooldown, the epochs to cool down for",
+        ),
+        (
+            args.train_data_upsampling_factors and not args.dataset_resampled,
+            "--train-data-upsampling-factors weighs shards that are drawn; add --dataset-resampled",
+        ),
+        (
+            args.dataset_resampled and args.train_data and not args.train_num_samples,
+            "--dataset-resampled has no end; give the length of an epoch with --train-num-samples",
+        ),
+        (
+            (args.distill_model is None) != (args.distill_pretrained is None),
+            "--distill-model and --distill-pretrained go together; OpenCLIP ignores one without the other",
+        ),
+        (
+            args.distill_model and data.features,
+            "--distill-model computes teacher features that --features reads; give one of them",
+        ),
+    ]
+
+
+def unsupported_flags(args: Namespace) -> Rules:
+    """Returns OpenCLIP's flags that mean nothing here or are not there yet, each with whether it is set."""
+    tables = [data for data in (args.train_data, args.val_data) if data and data.endswith((".csv", ".tsv"))]
+    return [
+        (args.horovod, "--horovod is not supported; start the processes with torchrun"),
+        (args.torchscript, "--torchscript is not supported; use --torchcompile"),
+        (args.trace, "--trace is not supported; use --torchcompile"),
+        (args.use_bnb_linear, "--use-bnb-linear is not supported: it trains in int8; use --precision amp_bf16"),
+        (args.copy_codebase, "--copy-codebase is not supported; the run folder keeps config.yaml and the versions"),
+        (args.siglip, "--siglip is not there yet; the loss is chosen with --loss"),
+        (args.loss_dist_impl, "--loss-dist-impl belongs to --siglip, which is not there yet; leave it out"),
+        (
+            (args.coca_caption_loss_weight, args.coca_contrastive_loss_weight) != (2.0, 1.0),
+            "--coca-caption-loss-weight and --coca-contrastive-loss-weight belong to CoCa, which is not supported",
+        ),
+        (args.imagenet_v2, "--imagenet-v2 is not there yet; use --imagenet-val"),
+        (
+            args.accum_freq != 1,
+            f"--accum-freq {args.accum_freq} is not there yet; use a larger --batch-size or more GPUs",
+        ),
+        (args.remote_sync, "--remote-sync is not supported; copy the run folder with a tool of your own"),
+        (
+            args.dataset_type in ("csv", "synthetic") or (args.dataset_type == "auto" and tables),
+            f"--dataset-type csv and synthetic are not there yet{f' ({tables[0]})' if tables else ''}; "
+            "put the samples into webdataset shards",
+        ),
+        (
+            args.precision not in PRECISIONS,
+            f"--precision {args.precision} keeps weights, BatchNorm statistics and the logit scale in half precision, "
+            "which loses them; use amp_bf16, amp or fp32",
+        ),
+    ]
+
+
+def trackers(args: Namespace) -> list[str]:
+    """Returns the trackers that ``--report-to`` names."""
+    names = [name.strip() for name in args.report_to.split(",") if name.strip()]
+    return ["tensorboard", "wandb"] if "all" in names else names
+
+
+def flag_of(name: str) -> str:
+    """Returns the flag of a setting: ``--batch-size`` for ``batch_size``."""
+    return "--" + name.replace("_", "-")
+
+
+def name_of(flag: str) -> str:
+    """Returns the setting of a flag, given without its dashes: ``batch_size`` for ``batch-size``."""
+    return flag.replace("-", "_")

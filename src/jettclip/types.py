@@ -1,0 +1,92 @@
+"""What crosses the borders between the components.
+
+Axis letters, used in docstrings and as suffixes where the mathematics is dense:
+
+    b   rows (image-caption pairs) of this rank    B    rows of all ranks
+    D   embedding width of the student             Dt   of the teachers, concatenated
+    L   tokens of a caption                        K, A stored captions, augmentations of an image
+    H, W  pixels
+
+Everything here is a NamedTuple: ``DistributedDataParallel(static_graph=True)`` looks inside tuples and dicts for the
+tensors to attach its hooks to, but takes a dataclass for one opaque leaf and then skips gradient synchronisation
+without an error (seen with torch 2.13).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+VIEWS = ("short", "long")
+"""The caption views a loss formula may name: ``clip@short``, ``kd@long``."""
+
+
+class TeacherFeatures(NamedTuple):
+    """What the teachers say of a batch; several teachers stand side by side on the last axis."""
+
+    image: Tensor | None  # [b, Dt]
+    short: Tensor | None  # [b, Dt]
+    long: Tensor | None  # [b, Dt]
+
+
+class Batch(NamedTuple):
+    """One step's input, in the order in which ``get_wds_dataset`` yields it."""
+
+    image: Tensor  # uint8 (normalised by the model, on its device) or float, [b, 3, H, W]
+    short_caption: Tensor | None  # token ids int64 [b, L], or float embeddings [b, D] for an adapter
+    long_caption: Tensor | None  # the same
+    teacher: TeacherFeatures | None
+
+
+class BatchInfo(NamedTuple):
+    """What travels beside a batch: who is in it, and what was counted on the way since the batch before."""
+
+    keys: list[str]
+    dropped: dict[str, int]  # samples lost, by reason
+    damaged: dict[str, int]  # irregularities of shards, by kind; how many samples each cost may be unknown
+    noted: dict[str, int]  # events that lose nothing, such as short captions made by a policy
+
+
+class Features(NamedTuple):
+    """The student's answer to a batch: unit-length rows, and S = exp(logit_scale), already exponentiated."""
+
+    image: Tensor  # [b, D]
+    short: Tensor | None  # [b, D]
+    long: Tensor | None  # [b, D]
+    logit_scale: Tensor  # [1]
+
+
+class Pair(NamedTuple):
+    """Matching image and text features: row i of one belongs to row i of the other."""
+
+    image: Tensor
+    text: Tensor
+
+
+class TeacherInfo(NamedTuple):
+    """A teacher as the loss must know it: where its columns lie in `TeacherFeatures`, and its temperature."""
+
+    name: str
+    width: int  # columns it occupies
+    logit_scale: float  # S = exp(logit_scale) it was trained with
+
+
+class LossReport(NamedTuple):
+    """What is optimised, apart from what is only reported."""
+
+    total: Tensor  # scalar, the only thing that is differentiated
+    terms: dict[str, Tensor]  # detached scalars by name, unweighted: {"clip@long": ...}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Moves a batch to a device, without waiting for the copy where the memory is pinned."""
+
+    def move(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device, non_blocking=True)
+
+    teacher = batch.teacher and TeacherFeatures(*map(move, batch.teacher))
+    return Batch(
+        batch.image.to(device, non_blocking=True), move(batch.short_caption), move(batch.long_caption), teacher
+    )
