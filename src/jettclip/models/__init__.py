@@ -1,0 +1,1 @@
+"""Models: towers, configs, checkpoints, teachers."""

@@ -1,0 +1,116 @@
+"""The student: an image tower and a text tower that is asked once for every caption view."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jettclip.types import Features
+
+
+class TwoTowers(nn.Module):
+    """An image tower and a text tower with one embedding space, trained on up to two captions an image.
+
+    Its parameters carry the names of OpenCLIP's ``CustomTextCLIP``: ``visual.*``, ``text.*``, ``logit_scale``.
+
+    Args:
+        visual: image tower, float [b, 3, H, W] to [b, D].
+        text: text tower, token ids int64 [b, L] to [b, D].
+        embed_dim: D.
+        mean, std: of the pixels the image tower expects, a number a channel, for images in 0..1.
+        logit_scale: S = exp(logit_scale) to start from.
+        preprocess_cfg: how OpenCLIP's transforms must prepare images, for whoever uses or exports the model.
+    """
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        text: nn.Module,
+        *,
+        embed_dim: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        logit_scale: float = 1 / 0.07,
+        preprocess_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.visual: Any = visual  # Any: a tower is whatever OpenCLIP or timm builds, with methods of its own
+        self.text: Any = text
+        self.embed_dim = embed_dim
+        self.preprocess_cfg = preprocess_cfg or {}
+        # [1], not 0-D: DeepSpeed and FSDP2 refuse 0-D parameters
+        self.logit_scale = nn.Parameter(torch.full([1], math.log(logit_scale)))
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether captions may be cropped to the longest of their batch without changing any embedding."""
+        return getattr(self.text, "ignores_padding", False)
+
+    @property
+    def context_length(self) -> int:
+        """The longest caption, in tokens."""
+        return int(self.text.context_length)
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Embeds images, uint8 or already normalised float [b, 3, H, W], as [b, D]."""
+        if image.dtype == torch.uint8:
+            image = (image.float() / 255 - self.mean) / self.std
+        features: Tensor = self.visual(image)
+        return unit_rows(features) if normalize else features
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Embeds captions, token ids int64 [b, L], as [b, D]."""
+        features: Tensor = self.text(text)
+        return unit_rows(features) if normalize else features
+
+    def forward(self, image: Tensor, short: Tensor | None = None, long: Tensor | None = None) -> Features:
+        """Embeds a batch; a view without captions has no features."""
+        return Features(
+            self.encode_image(image, normalize=True),
+            None if short is None else self.encode_text(short, normalize=True),
+            None if long is None else self.encode_text(long, normalize=True),
+            self.logit_scale.exp(),
+        )
+
+    def start_logit_scale(self, scale: float | None) -> None:
+        """Sets S = exp(logit_scale); None leaves it."""
+        if scale is not None:
+            nn.init.constant_(self.logit_scale, math.log(scale))
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Stops training the image tower, but for its last groups (LiT, arXiv 2111.07991)."""
+        self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Stops training the text tower, but for its last layers."""
+        self.text.lock(unlocked_layers, freeze_layer_norm)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades memory for a second forward pass in both towers."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of parameters that weight decay must spare whatever their shape."""
+        names = {"logit_scale"}
+        trunk = getattr(self.visual, "trunk", None)  # of a timm tower
+        towers: dict[str, Any] = {"visual": self.visual, "visual.trunk": trunk, "text": self.text}
+        for prefix, tower in towers.items():
+            if hasattr(tower, "no_weight_decay"):
+                names |= {f"{prefix}.{name}" for name in tower.no_weight_decay()}
+        return names & {name for name, _ in self.named_parameters()}  # timm names some that a tower does not have
+
+
+def unit_rows(features: Tensor) -> Tensor:
+    """Scales rows to unit length, in float32 at least, so that mixed precision does not blur the similarities."""
+    half = features.dtype in (torch.float16, torch.bfloat16)
+    return F.normalize(features.float() if half else features, dim=-1)
