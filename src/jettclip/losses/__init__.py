@@ -1,0 +1,1 @@
+"""Losses: a formula over small terms, each over features that were already gathered from all ranks."""
