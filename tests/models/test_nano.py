@@ -12,6 +12,14 @@ def test_the_tower_is_in_timms_registry_and_small() -> None:
     assert sum(parameter.numel() for parameter in tower.parameters()) < 200_000
 
 
+def test_the_head_sees_where_things_are() -> None:
+    tower = timm.create_model("convmixer_nano", num_classes=10).eval()
+    maps = torch.zeros(2, 128, 8, 8)
+    maps[0, :, 0, 0] = maps[1, :, 7, 7] = 1  # the same thing in two corners: equal on average
+    corners = tower.forward_head(maps)
+    assert not torch.allclose(corners[0], corners[1], atol=1e-3)
+
+
 def test_the_model_learns_to_tell_two_pairs_apart() -> None:
     model = create_model("Nano-248").train()
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
