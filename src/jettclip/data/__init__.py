@@ -1,0 +1,1 @@
+"""Data: from tar shards and feature stores to batches, with nothing lost silently."""

@@ -1,0 +1,244 @@
+"""From shards to batches: the list of stages, the loader, the length of an epoch."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from jettclip.data.collate import collate
+from jettclip.data.counts import DataError, Dropped, Tally, describe
+from jettclip.data.features import open_stores
+from jettclip.data.plan import Division, Slice, drawn_with_replacement, stretch
+from jettclip.data.sample import Sample, SampleReader, Tokenizer
+from jettclip.data.shards import Shard, find_shards, open_shard
+from jettclip.data.tar import read_samples
+from jettclip.settings import DataSettings
+from jettclip.types import Batch, BatchInfo, TeacherInfo
+
+SHUFFLE_START = 1000  # samples in the shuffle buffer before the first one leaves it, as in OpenCLIP
+
+
+class ShardPipeline(IterableDataset):  # type: ignore[type-arg]
+    """What runs in a loader worker: reads its piece of the epoch and yields ``(Batch, BatchInfo)``.
+
+    In evaluation, where dropped samples are not replaced, the batch is None if no sample is left for it.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        reader: SampleReader,
+        division: Division,
+        *,
+        collate: Callable[[list[Sample]], Batch],
+        settings: DataSettings,
+        resampled: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.shards, self.reader, self.division, self.collate = shards, reader, division, collate
+        self.settings, self.resampled, self.seed = settings, resampled, seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Batch | None, BatchInfo]]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        tally = Tally(self.settings.max_drop_rate)
+        place = f"{self.seed} {self.epoch} {self.division.rank} {worker}"
+        groups = wds.DataPipeline(
+            partial(self._slices, worker, place),  # Slice: which samples of which shard
+            partial(self._groups, tally),  # {"__key__": str, "__shard__": str, "jpg": bytes, ...}
+            self._shuffle(random.Random(place)),
+        )
+        samples = iter(
+            wds.DataPipeline(
+                groups.repeat() if self.division.is_train else groups,  # from the start again, in place of dropped ones
+                partial(self._samples, tally),  # Sample
+            )
+        )
+        for _ in range(self.division.batches_of(worker)):
+            rows = list(islice(samples, self.division.batch_size))
+            if self.division.is_train and len(rows) < self.division.batch_size:
+                raise DataError(f"no usable sample is left: {describe(tally.dropped)}")
+            batch = self.collate(rows) if rows else None
+            yield batch, tally.since_last([sample.key for sample in rows])
+
+    def _slices(self, worker: int, place: str) -> Iterator[Slice]:
+        if self.resampled:
+            return drawn_with_replacement(self.shards, place)
+        seed = self.seed if self.division.is_train else None
+        return stretch(self.shards, *self.division.piece(self.epoch, worker), seed)
+
+    def _groups(self, tally: Tally, slices: Iterator[Slice]) -> Iterator[dict[str, Any]]:
+        for shard, first, stop in slices:
+            read = 0
+            with open_shard(shard.url) as stream:
+                for group in read_samples(stream, self.reader.wanted, tally, shard.url, first, stop):
+                    read += 1
+                    yield {**group, "__shard__": shard.url}
+            if stop is not None and read < stop - first:
+                tally.lose("shard holds fewer samples than it did when counted", shard.url, stop - first - read)
+            if stop is None and read == 0:
+                tally.drop("shard holds no samples", shard.url)
+
+    def _shuffle(self, generator: random.Random) -> Any:
+        if not self.division.is_train or self.settings.shuffle_buffer <= 1:
+            return None  # the stage is left out
+        size = self.settings.shuffle_buffer
+        return wds.shuffle(size, initial=min(SHUFFLE_START, size), rng=generator)
+
+    def _samples(self, tally: Tally, groups: Iterator[dict[str, Any]]) -> Iterator[Sample]:
+        for group in groups:
+            try:
+                sample = self.reader.read(group, self.epoch, tally)
+            except Dropped as problem:
+                tally.drop(problem.reason, f"sample {group['__key__']} of {group['__shard__']} ({problem})")
+                continue
+            tally.keep()
+            yield sample
+
+
+class Loader:
+    """Yields the batches of one epoch; `last_info` says who is in the last one and what was lost around it."""
+
+    def __init__(self, dataset: ShardPipeline, workers: int, teachers: list[TeacherInfo]) -> None:
+        self.dataset, self.workers, self.teachers = dataset, workers, teachers
+        self.last_info = BatchInfo([], {}, {}, {})
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of this rank in an epoch."""
+        return self.dataset.division.batches
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all ranks in an epoch."""
+        return self.dataset.division.samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration reads."""
+        self.dataset.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        held: Batch | None = None  # back for one turn: counts without a batch join it
+        info = BatchInfo([], {}, {}, {})
+        for batch, its_info in self._results():
+            if held is None or batch is None:
+                held, info = held or batch, _together(info, its_info)
+            else:
+                self.last_info = info
+                yield held
+                held, info = batch, its_info
+        if held is None:
+            raise DataError(f"no sample is usable: {describe(info.dropped)}")
+        self.last_info = info
+        yield held
+
+    def _results(self) -> Iterator[tuple[Batch | None, BatchInfo]]:
+        loader = DataLoader(
+            self.dataset, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available()
+        )
+        try:
+            yield from loader
+        except DataError as error:  # from a worker, torch hands it on with the traceback as its message
+            message = str(error).rpartition("DataError: ")[2].strip()
+            # this traceback is in a cycle with torch's iterator, whose workers would linger on for seconds each
+            raise DataError(message) from error.with_traceback(None)
+
+
+def get_wds_dataset(
+    settings: DataSettings,
+    urls: str | Sequence[str],
+    preprocess: Callable[[Image.Image], Tensor],
+    tokenizer: Tokenizer,
+    *,
+    is_train: bool,
+    batch_size: int,
+    views: Sequence[str] = ("short", "long"),
+    teacher_parts: Sequence[str] = ("image", "short", "long"),
+    crop_captions: bool = False,
+    num_samples: int | None = None,
+    resampled: bool = False,
+    weights: str | None = None,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+) -> Loader:
+    """Builds the loader of a data set in webdataset shards.
+
+    It yields ``Batch(image, short_caption, long_caption, teacher)``. The order is a function of seed, epoch, rank and
+    number of workers.
+
+    Args:
+        settings: caption fields, feature stores, limits.
+        urls: shards, with braces, joined by ``::``, or a list of such.
+        preprocess: PIL image to uint8 or float tensor [3, H, W].
+        tokenizer: caption to token ids [1, L].
+        is_train: shuffled full batches, the same number on every rank; otherwise every sample once, in order.
+        batch_size: rows of a batch on this rank.
+        views: the captions to read, of ``short`` and ``long``.
+        teacher_parts: what to read from the feature stores that `settings` names.
+        crop_captions: crop token ids to the longest caption of the batch; exact for towers whose embedding does not
+            depend on padding.
+        num_samples: samples of an epoch, over all ranks; the whole data set by default, and at most in evaluation.
+        resampled: draw the shards with replacement, by weight, in training.
+        weights: one number a source, separated by ``::``, for `resampled`.
+        workers: loader processes; 0 reads in this one.
+        rank, world_size: which share of the data this process reads.
+        seed: of the order and of the random transform.
+
+    Raises:
+        DataError: if shards or stores are missing, or hold less than one batch a rank.
+        ValueError: if `teacher_parts` names a view that is not read.
+    """
+    resampled = resampled and is_train
+    shards = find_shards(urls, weights, resampled=resampled, allow_pipe=settings.allow_pipe_urls)
+    names = [shard.url for shard in shards]
+    stores = embeddings = None
+    if settings.feature_stores and teacher_parts:
+        unread = sorted({*teacher_parts} - {"image", *views})
+        if unread:
+            raise ValueError(f"teacher_parts {unread} need captions that views {[*views]} leaves out; add them there")
+        stores = open_stores(names, settings.feature_stores, settings.features_dir, settings.on_missing_features)
+    if settings.text_embeddings not in ("", "members"):
+        embeddings = open_stores(names, [settings.text_embeddings], settings.features_dir, settings.on_missing_features)
+    available = sum(shard.size for shard in shards)
+    samples = (num_samples if is_train else min(num_samples or available, available)) or available
+    division = Division(samples, batch_size, is_train, rank, world_size, max(1, workers))
+    needed = batch_size * world_size if is_train else world_size
+    if samples < needed:
+        raise DataError(
+            f"{samples} samples are too few for {world_size} ranks, which need {needed} "
+            f"({'a batch of ' + str(batch_size) if is_train else 'one sample'} each): use a smaller --batch-size "
+            "or fewer ranks, or give the length of an epoch with --train-num-samples"
+        )
+    reader = SampleReader(settings, preprocess, tokenizer, tuple(views), stores, tuple(teacher_parts), embeddings, seed)
+    dataset = ShardPipeline(
+        shards,
+        reader,
+        division,
+        collate=partial(collate, crop_captions=crop_captions and not settings.text_embeddings),
+        settings=settings,
+        resampled=resampled,
+        seed=seed,
+    )
+    return Loader(dataset, workers, stores.teachers if stores else [])
+
+
+def _together(first: BatchInfo, second: BatchInfo) -> BatchInfo:
+    sums = (dict(Counter(a) + Counter(b)) for a, b in zip(first[1:], second[1:], strict=True))
+    return BatchInfo(first.keys + second.keys, *sums)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from jettclip.data.collate import collate, longest_caption
+from jettclip.data.counts import DataError
+from jettclip.data.sample import Sample
+from jettclip.types import TeacherFeatures
+
+
+def make(number: int, image: Tensor | None = None, width: int = 6, teacher: bool = True) -> Sample:
+    ids = torch.tensor([49406, *range(1, number + 2), 49407, *[0] * 9])[:width]
+    row = torch.full([3], float(number))
+    features = TeacherFeatures(row, None, row) if teacher else None
+    return Sample(str(number), torch.zeros(3, 4, 5) if image is None else image, None, ids, features)
+
+
+def test_samples_are_stacked_and_absent_parts_stay_absent() -> None:
+    batch = collate([make(0), make(1)])
+    assert batch.image.shape == (2, 3, 4, 5)
+    assert batch.short_caption is None
+    assert batch.long_caption is not None
+    assert batch.long_caption.tolist() == [[49406, 1, 49407, 0, 0, 0], [49406, 1, 2, 49407, 0, 0]]
+    assert batch.teacher is not None
+    assert batch.teacher.short is None
+    assert batch.teacher.long is not None
+    assert batch.teacher.long.tolist() == [[0.0] * 3, [1.0] * 3]
+    assert collate([make(0, teacher=False)]).teacher is None
+
+
+def test_captions_are_cropped_to_the_longest() -> None:
+    cropped = collate([make(0), make(1)], crop_captions=True).long_caption
+    assert cropped is not None
+    assert cropped.tolist() == [[49406, 1, 49407, 0], [49406, 1, 2, 49407]]
+
+
+def test_images_are_laid_out_by_channel_whatever_the_transform_left() -> None:
+    image = torch.zeros(4, 5, 3, dtype=torch.uint8).permute(2, 0, 1)  # as torchvision's PILToTensor leaves it
+    assert collate([make(0, image), make(1, image)]).image.is_contiguous()
+
+
+def test_embeddings_of_several_widths_are_an_error() -> None:
+    with pytest.raises(DataError, match=r"the long captions of one batch have embeddings of widths \[4, 5\]"):
+        collate([make(0, width=4), make(0, width=5)])
+
+
+def test_the_longest_caption_ends_with_the_end_token_and_not_before_a_zero() -> None:
+    ids = torch.tensor([[49406, 5, 49407, 0, 0, 0], [49406, 0, 0, 7, 49407, 0]])  # zero is also the id of "!"
+    assert longest_caption(ids) == 5
+    assert longest_caption(ids[:1]) == 3

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from jettclip.data.counts import Dropped, Tally
+from jettclip.data.sample import SampleReader
+from jettclip.settings import DataSettings
+from support import caption, picture
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    return torch.full((3, 2, 2), image.width)
+
+
+def tokenize(text: str) -> Tensor:
+    return torch.tensor([[len(text)]])
+
+
+def reader(
+    views: tuple[str, ...] = ("short", "long"),
+    transform: Callable[[Image.Image], Tensor] = to_tensor,
+    seed: int = 0,
+    **settings: Any,
+) -> SampleReader:
+    return SampleReader(DataSettings(**settings), transform, tokenize, views, seed=seed)
+
+
+def group(**members: bytes | str) -> dict[str, Any]:
+    encoded = {name: value.encode() if isinstance(value, str) else value for name, value in members.items()}
+    return {"__key__": "0001", "__shard__": "shard", **encoded}
+
+
+def ordinary(**members: bytes | str) -> dict[str, Any]:
+    return group(**{"png": picture(0), "short_caption": "a dog", "long_caption": "a dog runs", **members})
+
+
+def test_an_ordinary_sample_is_decoded() -> None:
+    sample = reader().read(ordinary(), 0, Tally())
+    assert sample.key == "0001"
+    assert torch.equal(sample.image, torch.full((3, 2, 2), 16))
+    assert (sample.short, sample.long) == (torch.tensor([5]), torch.tensor([10]))
+    assert sample.teacher is None
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp"])
+def test_the_image_may_have_any_allowed_extension(extension: str) -> None:
+    members = {"long_caption": "a dog", "short_caption": "dog", extension: picture(0)}
+    assert reader().read(group(**members), 0, Tally()).image.shape == (3, 2, 2)
+
+
+def test_openclips_layout_gives_the_long_caption_and_a_short_one_by_policy() -> None:
+    tally = Tally()
+    sample = reader().read(group(jpg=picture(0), txt="A dog runs. It is brown."), 0, tally)
+    assert (sample.short, sample.long) == (torch.tensor([len("A dog runs")]), torch.tensor([24]))
+    assert tally.noted == {"short caption by first-sentence": 1}
+
+
+def test_captions_come_from_the_json_too() -> None:
+    members = group(jpg=picture(0), json=json.dumps({"short_caption": "dog", "long_caption": "a dog"}), txt="no")
+    sample = reader().read(members, 0, Tally())
+    assert (sample.short, sample.long) == (torch.tensor([3]), torch.tensor([5]))
+
+
+def test_only_the_views_that_are_asked_for_are_needed() -> None:
+    sample = reader(views=("long",)).read(group(jpg=picture(0), long_caption="a dog"), 0, Tally())
+    assert sample.short is None
+    assert sample.long is not None
+
+
+@pytest.mark.parametrize(
+    ("members", "settings", "message"),
+    [
+        (group(txt="a dog", gif=b""), {}, "image is missing: it has gif, txt"),
+        (group(jpg=picture(0)), {}, "short caption is missing: looked for short_caption or json:short_caption"),
+        (
+            group(jpg=picture(0), txt="A dog"),
+            {"short_caption_policy": "none"},
+            "short caption is missing: .*; it has jpg, txt",
+        ),
+        (group(jpg=picture(0), short_caption="a dog"), {}, "long caption is missing"),
+        (ordinary(long_caption=" "), {}, "caption is empty"),
+        (ordinary(long_caption=b"caf\xe9"), {}, "caption is not UTF-8"),
+        (group(jpg=picture(0), json="[]"), {}, "json cannot be decoded"),
+        (ordinary(png=b"no picture"), {}, "image cannot be decoded"),
+        (ordinary(png=picture(0, format="JPEG")[:-50]), {}, "image cannot be decoded"),
+        (ordinary(png=picture(0, size=30)), {"max_image_pixels": 899}, "image has too many pixels: 30 x 30"),
+        (ordinary(), {"text_embeddings": "members"}, "embedding is not raw float32"),
+    ],
+)
+def test_a_sample_that_cannot_be_used_is_dropped_with_its_reason(
+    members: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Dropped, match=message):
+        reader(**settings).read(members, 0, Tally())
+
+
+def test_members_may_hold_embeddings() -> None:
+    short, long = struct.pack("<3f", 1, 2, 3), struct.pack("<3f", 4, 5, 6)
+    sample = reader(text_embeddings="members").read(ordinary(short_caption=short, long_caption=long), 0, Tally())
+    assert torch.equal(torch.stack([sample.short, sample.long]), torch.arange(1.0, 7).view(2, 3))  # type: ignore[list-item]
+
+
+def test_no_member_is_wanted_but_images_and_the_declared_fields() -> None:
+    assert reader().wanted == {"jpg", "jpeg", "png", "webp", "short_caption", "long_caption", "json", "txt"}
+    own = reader(short_caption_field="a.txt", long_caption_field="json:b").wanted
+    assert own == {"jpg", "jpeg", "png", "webp", "a.txt", "json"}
+
+
+def test_a_random_transform_is_a_function_of_seed_epoch_and_key() -> None:
+    def draw(seed: int = 0, epoch: int = 0, key: str = "0001") -> float:
+        made = reader(transform=lambda _: torch.rand(1), seed=seed).read({**ordinary(), "__key__": key}, epoch, Tally())
+        return float(made.image)
+
+    state = torch.get_rng_state()
+    assert draw() == draw()
+    assert len({draw(), draw(seed=1), draw(epoch=1), draw(key="0002")}) == 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_undecodable_image_counts_before_a_missing_feature() -> None:
+    class Nothing:
+        def lookup(self, *_: object) -> None:
+            raise AssertionError("a store has no row for such a sample")
+
+    broken = reader()
+    broken.stores = broken.embeddings = Nothing()  # type: ignore[assignment]
+    with pytest.raises(Dropped, match="image cannot be decoded"):
+        broken.read(ordinary(png=b"", long_caption=caption(0)), 0, Tally())
