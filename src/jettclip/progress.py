@@ -1,0 +1,120 @@
+"""Follows an epoch: averages the loss, times the steps, counts what was lost, and says so every few steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from jettclip.data.counts import check_drop_rate, describe
+from jettclip.data.pipeline import Loader
+from jettclip.report import Reporter
+from jettclip.types import Batch, BatchInfo, LossReport
+
+
+class Progress:
+    """The figures of one epoch.
+
+    Attributes:
+        kept, dropped, damaged, noted: counts of this rank's epoch so far.
+    """
+
+    def __init__(self, epoch: int, loader: Loader, reporter: Reporter, every: int) -> None:
+        self.epoch, self.loader, self.reporter, self.every = epoch, loader, reporter, every
+        self.kept = 0
+        self.dropped: Counter[str] = Counter()
+        self.damaged: Counter[str] = Counter()
+        self.noted: Counter[str] = Counter()
+        self._restart()
+
+    def steps(self) -> Iterator[tuple[int, Batch]]:
+        """Yields the batches with their step since the beginning of training, and times the waiting for them."""
+        first = self.epoch * len(self.loader)
+        bar = tqdm(self.loader, f"epoch {self.epoch + 1}", len(self.loader), unit="step", disable=None, leave=False)
+        with logging_redirect_tqdm():
+            asked = time.perf_counter()
+            for index, batch in enumerate(bar):
+                self._waited += time.perf_counter() - asked
+                yield first + index, batch
+                asked = time.perf_counter()
+
+    def update(
+        self, step: int, report: LossReport, info: BatchInfo, scale: float, learning_rate: float, norm: float | None
+    ) -> None:
+        """Takes in a step, and reports the mean over the steps since the last report when it is time."""
+        self.kept += len(info.keys)
+        self.dropped.update(info.dropped)
+        self.damaged.update(info.damaged)
+        self.noted.update(info.noted)
+        self._steps += 1
+        self._samples += len(info.keys)
+        for name, value in {"loss": report.total.detach(), **report.terms}.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        done = step + 1 - self.epoch * len(self.loader)
+        if done % self.every == 0 or done == len(self.loader):
+            self._report(step, done, scale, learning_rate, norm)
+            self._restart()
+
+    def check_losses(self) -> None:
+        """Raises DataError if more samples of the epoch were dropped, on all ranks, than ``--max-drop-rate`` allows."""
+        kept = total_over_ranks(Counter(kept=self.kept))["kept"]
+        check_drop_rate(kept, total_over_ranks(self.dropped), self.loader.dataset.settings.max_drop_rate)
+
+    def _restart(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = self._samples = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def _report(self, step: int, done: int, scale: float, learning_rate: float, norm: float | None) -> None:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        losses = mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
+        dropped = total_over_ranks(self.dropped)
+        elapsed = time.perf_counter() - self._since
+        rate = self._samples * ranks / elapsed
+        values: dict[str, Any] = {
+            "epoch": self.epoch + done / len(self.loader),
+            **dict(zip(self._sums, losses, strict=True)),
+            "samples_per_second": rate,
+            "data_wait": self._waited / elapsed,
+            "lr": learning_rate,
+            "logit_scale": scale,
+            "dropped": dropped.total(),
+            "dropped_by_reason": dict(dropped),
+            "damaged": dict(total_over_ranks(self.damaged)),
+            "noted": dict(total_over_ranks(self.noted)),
+        }
+        if norm is not None:
+            values["gradient_norm"] = norm
+        self.reporter.log("train", step, values)
+        terms = "  ".join(f"{name} {value:.4f}" for name, value in zip(self._sums, losses, strict=True))
+        logging.info(
+            f"epoch {self.epoch + 1} step {done}/{len(self.loader)}  {terms}  {rate:.1f} samples/s "
+            f"({rate / ranks:.1f} a rank)  data wait {self._waited / elapsed:.0%}  lr {learning_rate:.2e}  "
+            f"logit scale {scale:.2f}  dropped {describe(dropped)}"
+        )
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Averages a tensor over all ranks; on one, returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
+def total_over_ranks(counts: Counter[str]) -> Counter[str]:
+    """Adds up counts over all ranks."""
+    if not dist.is_initialized():
+        return counts
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, counts)
+    return sum(gathered, Counter())

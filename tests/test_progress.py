@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from jettclip.data.counts import DataError
+from jettclip.progress import Progress, mean_over_ranks, total_over_ranks
+from jettclip.settings import DataSettings
+from jettclip.types import BatchInfo, LossReport
+from support import run_ranks
+
+
+class Recorder:
+    """Takes the place of a reporter."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, int, dict[str, Any]]] = []
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self.lines.append((kind, step, values))
+
+
+class Batches(list):  # type: ignore[type-arg]
+    """Takes the place of a loader."""
+
+    dataset = SimpleNamespace(settings=DataSettings(max_drop_rate=0.1))
+
+
+def follow(epoch: int, losses: list[float], every: int, dropped: int = 0) -> tuple[Progress, Recorder]:
+    recorder = Recorder()
+    progress = Progress(epoch, Batches(losses), recorder, every)  # type: ignore[arg-type]
+    for step, loss in progress.steps():
+        value = torch.tensor(float(loss))  # type: ignore[arg-type]
+        info = BatchInfo(["a", "b"], {"image is missing": dropped} if dropped else {}, {}, {"noted": 1})
+        progress.update(step, LossReport(value, {"clip@long": value}), info, 14.0, 1e-3, None)
+    return progress, recorder
+
+
+def test_means_are_reported_every_few_steps_and_at_the_end() -> None:
+    _, recorder = follow(epoch=2, losses=[1, 2, 3, 4, 9], every=2)
+    assert [(kind, step, values["loss"]) for kind, step, values in recorder.lines] == [
+        ("train", 11, 1.5), ("train", 13, 3.5), ("train", 14, 9.0),
+    ]  # fmt: skip
+    last = recorder.lines[-1][2]
+    assert last["epoch"] == 3.0
+    assert last["clip@long"] == 9.0
+    assert last["logit_scale"] == 14.0
+    assert last["noted"] == {"noted": 5}  # of the whole epoch
+    assert 0 <= last["data_wait"] <= 1
+    assert last["samples_per_second"] > 0
+
+
+def test_counts_of_the_epoch_are_reported_by_reason() -> None:
+    _, recorder = follow(0, [1, 1], every=1, dropped=3)
+    assert [values["dropped"] for _, _, values in recorder.lines] == [3, 6]
+    assert recorder.lines[-1][2]["dropped_by_reason"] == {"image is missing": 6}
+
+
+def test_more_drops_than_allowed_stop_the_run_after_the_epoch() -> None:
+    progress, _ = follow(0, [1, 1, 1], every=1, dropped=1)  # 3 of 9
+    with pytest.raises(DataError, match=r"3 of 9 samples were dropped \(image is missing 3\)"):
+        progress.check_losses()
+    follow(0, [1, 1, 1], every=1)[0].check_losses()
+
+
+def test_ranks_agree_on_means_and_totals() -> None:
+    def work() -> tuple[float, Counter[str], dict[str, Any]]:
+        rank = torch.distributed.get_rank()
+        _, recorder = follow(0, [float(rank)], every=1, dropped=rank)
+        counts = total_over_ranks(Counter({f"rank {rank}": 1, "all": 2}))
+        return float(mean_over_ranks(torch.tensor(float(rank)))), counts, recorder.lines[0][2]
+
+    for mean, counts, line in run_ranks(3, work):
+        assert mean == 1.0
+        assert counts == {"rank 0": 1, "rank 1": 1, "rank 2": 1, "all": 6}
+        assert (line["loss"], line["dropped"]) == (1.0, 3)
