@@ -1,0 +1,1 @@
+"""Evaluation: which evaluators run when, and what each of them computes."""
