@@ -1,0 +1,154 @@
+"""Trains and evaluates: ``python -m jettclip.main``, or ``torchrun ... -m -- jettclip.main`` on several devices."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from jettclip import openclip
+from jettclip.build import (
+    Place,
+    build_engine,
+    build_evaluator,
+    build_model,
+    build_reporter,
+    build_schedule,
+    build_teacher,
+    build_train_loader,
+)
+from jettclip.checkpoint import Position, find_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from jettclip.losses.factory import create_loss, teacher_parts_of
+from jettclip.losses.formula import find_recipe
+from jettclip.models.checkpoints import load_weights
+from jettclip.models.config import get_model_config
+from jettclip.params import Options, is_kept, parse_args, run_folder, save_config
+from jettclip.report import set_up_logging
+from jettclip.seeding import seed_everything
+from jettclip.train import NonFiniteLoss, train_one_epoch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = parse_args(argv, find_mistakes)
+    args = options.args
+    world = openclip.init_distributed_device_so(
+        args.device, args.dist_backend, args.dist_url, no_set_device_rank=args.no_set_device_rank
+    )
+    try:
+        run(options, Place(torch.device(world["device"]), world["global_rank"], world["world_size"]))
+    except KeyboardInterrupt:
+        logging.warning("Interrupted; the same command with --resume latest goes on from the last checkpoint")
+        return 130
+    except (ValueError, NonFiniteLoss) as error:  # what a user can cause: the message says what to change
+        logging.error(error)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def run(options: Options, place: Place) -> None:
+    """Trains for all epochs, evaluating and saving after each; or evaluates once, if there is nothing to train on."""
+    args = options.args
+    folder = open_run_folder(options, place)
+    seed_everything(args.seed)  # the same on every rank, for the same weights
+    model, train_transform, val_transform = build_model(args, place)
+    teacher = build_teacher(args, model, place)
+    seed_everything(args.seed, place.rank)
+    train_data = build_train_loader(options, model, train_transform, teacher, place)
+    evaluator = build_evaluator(options, model, val_transform, place)
+    checkpoints = folder / "checkpoints" if folder else None
+    resumed = find_checkpoint(args.resume, checkpoints)
+
+    if train_data is None:
+        if resumed:
+            load_weights(model, resumed)
+        with build_reporter(options, folder, 0, place) as reporter:
+            reporter.log("val", 0, evaluator.run(model))
+        return
+
+    loss = create_loss(options.loss, model.embed_dim, [teacher.info] if teacher else train_data.teachers)
+    logging.info(f"Loss: {loss.recipe}")
+    model.start_logit_scale(loss.recipe.logit_scale_init)
+    engine, optimizer = build_engine(args, model, loss, place)
+    done = load_checkpoint(resumed, engine) if resumed else Position(0, 0)
+    schedule = build_schedule(args, optimizer, train_data.num_batches)
+    with build_reporter(options, folder, done.step, place) as reporter:
+        for epoch in range(done.epoch, args.epochs):
+            train_one_epoch(
+                engine,
+                loss,
+                train_data,
+                epoch,
+                device=place.device,
+                schedule=schedule,
+                reporter=reporter,
+                report_every=args.log_every_n_steps,
+                teacher=teacher,
+            )
+            done = Position(epoch + 1, (epoch + 1) * train_data.num_batches)
+            metrics = evaluator.run(model, done.epoch, args.epochs)
+            if metrics:
+                reporter.log("val", done.step, metrics)
+            if checkpoints and (args.save_most_recent or is_kept(args, done.epoch)):
+                save_checkpoint(checkpoints, engine, done)
+                if place.rank == 0:
+                    prune_checkpoints(checkpoints, done.epoch, keeps=lambda saved: is_kept(args, saved))
+    logging.info(f"Done: {done.epoch} epochs, {done.step} steps" + (f"; the run is in {folder}" if folder else ""))
+
+
+def find_mistakes(options: Options) -> list[str]:
+    """Returns the mistakes that only the components can see: an unknown model, a wrong formula."""
+    args, found = options.args, []
+    checks: list[Callable[[], object]] = [lambda: get_model_config(args.model), lambda: find_recipe(options.loss)]
+    if args.distill_model:
+        checks.append(lambda: get_model_config(args.distill_model))
+    for check in checks:
+        try:
+            check()
+        except ValueError as mistake:
+            found.append(str(mistake))
+    if not found and args.train_data:
+        parts = teacher_parts_of(find_recipe(options.loss).formula)
+        if parts and not (options.data.features or args.distill_model):
+            found.append(f"--loss {options.loss.loss!r} distils; name a store with --features, or a --distill-model")
+        if options.data.features and not parts:
+            found.append(
+                f"--features {options.data.features!r} goes unused by --loss {options.loss.loss!r}; try jettclip"
+            )
+    return found
+
+
+def open_run_folder(options: Options, place: Place) -> Path | None:
+    """Creates the run's folder with its log and ``config.yaml``; returns it, or None for ``--logs none``.
+
+    Raises:
+        ValueError: if a run of this name exists and is not resumed.
+    """
+    args = options.args
+    date = [datetime.now().strftime("%Y_%m_%d-%H_%M_%S")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(date, src=0)
+    folder = run_folder(args, date[0])
+    if folder is None or (place.rank and not args.log_local):
+        set_up_logging(None, place.rank, args.debug)
+        return folder
+    log = folder / (f"out-{place.rank}.log" if args.log_local else "out.log")
+    if log.exists() and args.resume != "latest" and args.train_data:
+        raise ValueError(f"--name {folder.name} exists in {folder.parent}; choose another, or add --resume latest")
+    folder.mkdir(parents=True, exist_ok=True)
+    set_up_logging(log, place.rank, args.debug)
+    if place.rank == 0:
+        save_config(options, folder / "config.yaml")
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from jettclip import main as main_module
+from jettclip.main import main
+from jettclip.report import METRICS, read_metrics
+from support import sample, write_shard, write_shards
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"timm_model_name": "convmixer_nano", "timm_pool": "avg", "timm_proj": None, "image_size": 32},
+    "text_cfg": {
+        "context_length": 40, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "no_causal_mask": True,
+    },
+    "mask_padding": True,
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Adds the model Tiny, and puts logging back."""
+    import logging
+
+    from jettclip.models import config
+
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "Tiny.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr(config, "FOLDER", folder)
+    config._ours.cache_clear()
+    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
+    yield
+    config._ours.cache_clear()
+    for handler in logging.getLogger().handlers:
+        if handler not in handlers:
+            handler.close()
+    logging.getLogger().handlers[:] = handlers
+    logging.getLogger().setLevel(level)
+    logging.captureWarnings(False)
+
+
+def flags(folder: Path, name: str, **changed: Any) -> list[str]:
+    given = {
+        "train-data": str(folder / "train" / "{000000..000001}.tar"), "val-data": str(folder / "val" / "000000.tar"),
+        "model": "Tiny", "device": "cpu", "precision": "fp32", "workers": 0, "batch-size": 8, "epochs": 3,
+        "lr": 1e-3, "warmup": 2, "log-every-n-steps": 1, "logs": str(folder / "logs"), "name": name,
+        "loss": "longclip", "pca-components": 4, **changed,
+    }  # fmt: skip
+    return [f"--{flag}={value}" for flag, value in given.items() if value is not None]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "train", [18, 10])
+    write_shards(tmp_path / "val", [12])
+    return tmp_path
+
+
+def metrics(data: Path, name: str, kind: str = "train") -> list[dict[str, Any]]:
+    return [line for line in read_metrics(data / "logs" / name / METRICS) if line["kind"] == kind]
+
+
+def losses(data: Path, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in metrics(data, name)]
+
+
+def test_a_run_trains_evaluates_saves_and_reports(data: Path) -> None:
+    assert main(flags(data, "a", **{"val-truncate": 20, "report-to": "tensorboard"})) == 0
+    folder = data / "logs" / "a"
+    assert [line["step"] for line in metrics(data, "a")] == list(range(9))  # 28 samples, batches of 8, 3 epochs
+    reported = {"loss", "clip@long", "clip@short", "samples_per_second", "data_wait", "lr", "logit_scale", "dropped"}
+    assert reported <= set(metrics(data, "a")[0])
+    val = metrics(data, "a", "val")
+    assert [line["step"] for line in val] == [3, 6, 9]
+    views, ways, ranks = ("short", "long", "long@20"), ("image_to_text", "text_to_image"), (1, 5, 10)
+    names = {f"{view}/{way}_R@{rank}" for view in views for way in ways for rank in ranks}
+    assert names <= set(val[0])
+    assert val[0]["samples"] == 12
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["epoch_1", "epoch_2", "epoch_3"]
+    assert (folder / "out.log").read_text().count("INFO epoch") == 9
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(flags(data, "whole", workers=1)) == 0
+
+    class StopInTheThirdEpoch(main_module.Position):
+        def __init__(self, epoch: int, step: int) -> None:
+            super().__init__(epoch, step)
+            if epoch == 3:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(main_module, "Position", StopInTheThirdEpoch)
+        assert main(flags(data, "parts", workers=1)) == 130
+    assert len(losses(data, "parts")) == 9  # the third epoch was trained, but not saved
+    torch.manual_seed(99)  # whatever happens in between
+    assert main([*flags(data, "parts", workers=1), "--resume", "latest"]) == 0
+
+    assert losses(data, "parts") == losses(data, "whole")
+    assert metrics(data, "parts", "val") == metrics(data, "whole", "val")
+    weights = [load_file(data / "logs" / run / "checkpoints/epoch_3/model.safetensors") for run in ("parts", "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_run_that_is_done_does_nothing_more(data: Path) -> None:
+    assert main(flags(data, "a", epochs=1)) == 0
+    written = (data / "logs/a" / METRICS).read_text()
+    assert main([*flags(data, "a", epochs=1), "--resume", "latest"]) == 0
+    assert (data / "logs/a" / METRICS).read_text() == written
+
+
+def test_the_saved_config_repeats_the_run(data: Path) -> None:
+    assert main(flags(data, "a", epochs=1)) == 0
+    assert main(["--config", str(data / "logs/a/config.yaml"), "--name", "again"]) == 0
+    assert losses(data, "again") == losses(data, "a")
+    assert yaml.safe_load((data / "logs/again/config.yaml").read_text())["name"] == "again"
+
+
+def test_a_name_that_is_taken_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(data, "a", epochs=1)) == 0
+    assert main(flags(data, "a", epochs=1)) == 1
+    assert "add --resume latest" in capsys.readouterr().err
+
+
+def test_evaluation_alone_gives_the_metrics_of_the_training(data: Path) -> None:
+    assert main(flags(data, "a", epochs=1)) == 0
+    checkpoint = str(data / "logs/a/checkpoints/epoch_1")
+    assert main([*flags(data, "eval", **{"train-data": None}), f"--pretrained={checkpoint}"]) == 0
+    during, alone = metrics(data, "a", "val")[0], metrics(data, "eval", "val")[0]
+    assert {k: v for k, v in alone.items() if k != "step"} == {k: v for k, v in during.items() if k != "step"}
+
+
+def test_dropped_samples_are_reported_with_the_metrics(data: Path) -> None:
+    broken = [sample(100 + i, png=b"no picture", long_caption="a", short_caption="b") for i in range(2)]
+    write_shard(data / "train" / "000001.tar", [*(sample(i) for i in range(20, 30)), *broken])
+    assert main(flags(data, "a", **{"epochs": 1, "max-drop-rate": 0.5})) == 0
+    assert metrics(data, "a")[-1]["dropped_by_reason"] == {"image cannot be decoded": 2}
+    assert main(flags(data, "b", epochs=1)) == 1  # more than the 1 % that are allowed by default
+    assert "image cannot be decoded 2" in (data / "logs/b/out.log").read_text()
+
+
+def test_unusable_data_ends_the_run_and_says_what_is_missing(data: Path) -> None:
+    write_shard(data / "bad" / "000000.tar", [sample(i, txt="only a text") for i in range(30)])
+    assert main(flags(data, "a", **{"train-data": str(data / "bad/000000.tar")})) == 1
+    assert "image is missing" in (data / "logs/a/out.log").read_text()
+
+
+def test_nothing_is_written_without_logs(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data)
+    assert main(flags(data, "a", epochs=1, logs="none")) == 0
+    assert not (data / "logs").exists()
+    assert not (data / "none").exists()
+
+
+@pytest.mark.parametrize("flag", ["--lock-image", "--lock-text", "--grad-checkpointing", "--ddp-static-graph"])
+def test_switches_of_openclip_reach_the_model(flag: str, data: Path) -> None:
+    assert main([*flags(data, "a", epochs=1, **{"val-data": None}), flag]) == 0
+    assert len(losses(data, "a")) == 3
+
+
+def test_torchrun_trains_on_two_ranks_like_one_with_twice_the_batch(data: Path) -> None:
+    # `--logs` and `--name` after `--` reach the program: torchrun would take --logs for a flag of its own
+    arguments = flags(data, "two", **{"batch-size": 4, "epochs": 1, "model": "Nano-248", "pca-scope": "global"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+    command += ["jettclip.main", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (data / "logs" / "two" / "out.log").exists()
+    lines = metrics(data, "two")
+    assert len(lines) == 3
+    assert metrics(data, "two", "val")[0]["samples"] == 12
+    assert all(line["loss"] > 0 for line in lines)

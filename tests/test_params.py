@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from open_clip_train.params import parse_args as openclip_parse_args
+
+from jettclip.main import find_mistakes
+from jettclip.params import is_kept, parse_args, run_folder, save_config
+from jettclip.rules import MOBILECLIP_FLAGS
+
+# Launch lines from OpenCLIP's README and docs (github.com/mlfoundations/open_clip, v3.3).
+OPENCLIP_LINES = {
+    "single process": """--save-frequency 1 --zeroshot-frequency 1 --report-to tensorboard
+        --train-data=/data/{0000..0099}.tar --val-data=/data/val.tar --csv-img-key filepath --csv-caption-key title
+        --imagenet-val=/path/to/imagenet/root/val/ --warmup 10000 --batch-size=128 --lr=1e-3 --wd=0.1 --epochs=30
+        --workers=8 --model RN50""",
+    "torchrun": """--train-data /data/cc12m/cc12m-train-{0000..2175}.tar --train-num-samples 10968539
+        --dataset-type webdataset
+        --batch-size 320 --precision amp --workers 4
+        --imagenet-val /data/imagenet/validation/""",
+    "slurm": """--save-frequency 1 --report-to tensorboard --train-data=/data/LAION-400M/{00000..41455}.tar
+        --warmup 2000 --batch-size=256 --epochs=32 --workers=8 --model ViT-B-32 --name ViT-B-32-Vanilla
+        --seed 0 --local-loss
+        --gather-with-grad""",
+    "resume": """--train-data=/path/to/train.tar --val-data=/path/to/val.tar
+        --resume /path/to/checkpoints/epoch_K.pt""",
+    "several sources": """--train-data /data/cc3m/{0000..0331}.tar::/data/cc12m/{0000..1242}.tar --dataset-resampled
+        --train-data-upsampling-factors 1::0.5 --train-num-samples 1000000""",
+    "distillation": """--train-data /data/{0000..0099}.tar --model ViT-B-32 --distill-model ViT-L-14
+        --distill-pretrained openai""",
+    "wandb": """--train-data /data/{0000..0099}.tar --report-to wandb --wandb-project-name open_clip --wandb-notes a""",
+    "bf16": """--train-data /data/{0000..0099}.tar --opt adamw --beta2 0.95 --precision amp_bfloat16
+        --grad-checkpointing --torchcompile --delete-previous-checkpoint""",
+    "evaluation": """--val-data=/path/to/val.tar --model RN101 --pretrained /path/to/checkpoints/epoch_K.pt""",
+    "lock": """--train-data /data/{0000..0099}.tar --lock-image --lock-text --lock-text-unlocked-layers 10
+        --lock-text-freeze-layer-norm --aug-cfg scale=(0.4,1.0) color_jitter=(0.32,0.32,0.32,0.08)""",
+    "image": """--train-data /data/{0000..0099}.tar --image-mean 0.5 0.5 0.5 --image-std 0.5 0.5 0.5
+        --force-image-size 256 --image-interpolation bilinear --image-resize-mode squash""",
+    "schedule": """--train-data /data/{0000..0099}.tar --lr-scheduler const-cooldown --epochs 10 --epochs-cooldown 2
+        --opt timm/adamp --lr 1e-3 --momentum 0.9""",
+}
+
+# MobileCLIP's run_datacompdr12m.sh (github.com/apple/ml-mobileclip-dr), without the launcher's part.
+MOBILECLIP_LINE = """--save-frequency 1 --local-loss --gather-with-grad 
+    --train-data /data/DataCompDR-12M/{00000000..00001023}.tar
+    --train-num-samples 12800000 --warmup 1000 --dataset-type webdataset --precision amp --workers 4 --model ViT-B-16
+    --batch-size 1024 --epochs 30 --lr 1e-3 --name datacompdr12m --seed 0 --report-to wandb --resume latest
+    --dataset-reinforcement --dataset-reinforcement-config configs/datacompdr12m.json --distill-logit-scale 100
+    --distill-loss-weights 0.0 1.0 --distill-teacher-dimension 768 768 --distill-average-after-softmax"""
+
+
+def errors(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(argv, find_mistakes)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", OPENCLIP_LINES.values(), ids=OPENCLIP_LINES)
+def test_openclips_published_launch_lines_parse_as_openclip_parses_them(line: str) -> None:
+    argv = shlex.split(line)
+    assert vars(parse_args(argv, find_mistakes).args) == vars(openclip_parse_args(argv))
+
+
+def test_mobileclips_launch_line_is_told_what_to_write_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    said = errors(capsys, *shlex.split(MOBILECLIP_LINE))
+    asked = [flag for flag in MOBILECLIP_FLAGS if f"--{flag} " in MOBILECLIP_LINE.replace("\n", " ") + " "]
+    assert len(asked) == 6
+    assert all(f"--{flag}: {MOBILECLIP_FLAGS[flag]}" in said for flag in asked)
+    assert "6 mistakes" in said  # and nothing else is wrong with it
+
+
+def test_mobileclips_launch_line_parses_once_translated() -> None:
+    kept = MOBILECLIP_LINE.split("--dataset-reinforcement")[0]
+    options = parse_args([*shlex.split(kept), "--loss", "1*kd@long", "--features", "dr", "--teacher-scale", "100"])
+    assert options.args.batch_size == 1024
+    assert options.loss.teacher_scale == 100
+
+
+def test_an_unknown_flag_exits_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--trian-data" in errors(capsys, "--trian-data", "x.tar")
+
+
+def test_all_mistakes_are_shown_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    said = errors(
+        capsys, "--train-data", "x.tar", "--lr", "-1", "--horovod", "--model", "Nano248", "--label-smoothing", "2",
+        "--val-truncate", "1", "--precision", "pure_fp16",
+    )  # fmt: skip
+    assert "6 mistakes" in said
+    for part in ("--lr -1.0", "--horovod", "Nano-248", "--label-smoothing 2", "--val-truncate 1", "use amp_bf16"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--torchscript"], "use --torchcompile"),
+        (["--accum-freq", "2"], "--accum-freq 2 is not there yet"),
+        (["--siglip"], "not there yet"),
+        (["--train-data", "x.csv"], "csv"),
+        (["--dataset-type", "synthetic"], "synthetic"),
+        (["--dataset-resampled"], "--train-num-samples"),
+        (["--train-data-upsampling-factors", "1::2"], "--dataset-resampled"),
+        (["--report-to", "mlflow"], "mlflow"),
+        (["--loss", "jettclip"], "--features"),
+        (["--features", "vitl"], "goes unused"),
+        (["--loss", "1*clip@medium"], "clip@medium"),
+        (["--distill-model", "ViT-B-32"], "--distill-pretrained"),
+        (["--features-dir", "x"], "--features-dir x"),
+        (["--max-drop-rate", "5"], "between 0 and 1"),
+        (["--lr-scheduler", "linear"], "cosine"),
+        (["--batch-size", "0"], "at least 1"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(
+    flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in errors(capsys, "--train-data", "x.tar", *flags)
+
+
+def test_no_data_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--train-data" in errors(capsys, "--model", "Nano-248")
+
+
+def test_distill_model_means_openclips_distillation() -> None:
+    line = ["--train-data", "x.tar", "--distill-model", "ViT-B-32", "--distill-pretrained", "openai"]
+    assert parse_args(line).loss.loss == "1*clip@long + 1*kd@long"
+    assert parse_args([*line, "--loss", "jettclip"]).loss.loss == "jettclip"
+
+
+def test_help_shows_our_flags_by_group_and_openclips(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    places = [
+        shown.index(text) for text in ("\nData:", "\n  --features ", "\nLoss:", "\n  --pca-comp", "\n  --zeroshot")
+    ]
+    assert places == sorted(places)
+
+
+def test_a_saved_config_repeats_the_options(tmp_path: Path) -> None:
+    argv = shlex.split(OPENCLIP_LINES["lock"] + " " + OPENCLIP_LINES["image"])
+    argv += ["--loss", "0.5*clip@long + 2*clip@short", "--val-truncate", "20", "77", "--allow-pipe-urls"]
+    options = parse_args(argv)
+    save_config(options, tmp_path / "config.yaml")
+    again = parse_args(["--config", str(tmp_path / "config.yaml")])
+    assert (again.data, again.loss, again.evaluation) == (options.data, options.loss, options.evaluation)
+
+    def plain(value: Any) -> Any:  # YAML has no tuples
+        return yaml.safe_load(yaml.safe_dump(vars(value)))
+
+    assert plain(again.args) == plain(options.args)
+
+
+def test_the_command_line_overrides_the_config(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train_data: x.tar\nbatch-size: 12\npca_components: 4\nlocal_loss: true\n")
+    options = parse_args(["--config", str(tmp_path / "c.yaml"), "--batch-size", "24"])
+    assert (options.args.batch_size, options.loss.pca_components, options.args.local_loss) == (24, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("batchsize: 3", "did you mean batch_size"),
+        ("- a\n- b", "one mapping"),
+        ("a: [", "cannot be read"),
+        ("x: !!python/object/apply:os.system ['true']", "cannot be read"),
+    ],
+)
+def test_a_bad_config_is_explained(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert expected in errors(capsys, "--config", str(tmp_path / "c.yaml"))
+
+
+def test_a_missing_config_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be read" in errors(capsys, "--config", "nowhere.yaml")
+
+
+def test_the_run_folder_is_named_or_made_of_the_settings(tmp_path: Path) -> None:
+    named = parse_args(["--train-data", "x.tar", "--logs", str(tmp_path), "--name", "first"])
+    assert run_folder(named.args, "today") == tmp_path / "first"
+    unnamed = parse_args(["--train-data", "x.tar", "--logs", str(tmp_path), "--model", "hf/x"])
+    assert "today-model_hf-x" in str(run_folder(unnamed.args, "today"))
+    assert run_folder(parse_args(["--train-data", "x.tar", "--logs", "None"]).args, "today") is None
+
+
+def test_which_checkpoints_are_kept() -> None:
+    args = parse_args(["--train-data", "x.tar", "--epochs", "6", "--save-frequency", "2"]).args
+    assert [epoch for epoch in range(1, 7) if is_kept(args, epoch)] == [2, 4, 6]
+    args.delete_previous_checkpoint = True
+    assert [epoch for epoch in range(1, 7) if is_kept(args, epoch)] == [6]
+    args.save_frequency = 0
+    assert [epoch for epoch in range(1, 7) if is_kept(args, epoch)] == [6]
