@@ -64,6 +64,8 @@ def main() -> int:
         )
     except ValueError as error:
         sys.exit(f"{parser.prog}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted; the same command keeps the stores that are done")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -22,6 +22,8 @@ def main() -> None:
             shards = write_demo_shards(args.folder, split, scenes, args.seed)
         except ValueError as error:
             sys.exit(f"{parser.prog}: {error}")
+        except KeyboardInterrupt:
+            sys.exit(f"{parser.prog}: interrupted; the same command keeps the shards that are done")
         print(f"{args.folder}/{split}: {scenes} scenes in {len(shards)} shards")
 
 

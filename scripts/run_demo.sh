@@ -15,6 +15,8 @@ PARTS=3                                          # of the one pass over the scen
 
 export OMP_WAIT_POLICY=passive                   # on a busy machine, threads that wait must not hold a core
 
+trap 'echo "Stopped. The same command goes on from here."; exit 130' INT
+
 say() { printf '\n== %s\n' "$*"; }
 
 train() {  # NAME FLAGS...

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -117,12 +118,14 @@ def write_demo_shards(folder: str | os.PathLike[str], split: str, scenes: int, s
     target = Path(folder) / split
     target.mkdir(parents=True, exist_ok=True)
     description, wanted = target / "scenes.json", json.dumps({"scenes": scenes, "seed": seed})
-    if description.exists() and description.read_text() != wanted:
+    if not description.exists():
+        description.write_text(wanted)
+    elif description.read_text() != wanted:
         raise ValueError(f"{target} holds other scenes, {description.read_text()}; delete it, or name another folder")
-    description.write_text(wanted)
     starts = range(0, scenes, SHARD_SIZE)
     write = partial(_write_shard, target, split, scenes, seed)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's to answer
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=ignore_interrupts) as pool:
         bar = tqdm(pool.map(write, starts), f"drawing {split} scenes", len(starts), unit="shard", disable=None)
         return list(bar)
 
