@@ -4,7 +4,8 @@
     python scripts/extract_features.py --data 'shards/{000..099}.tar' --model ViT-L-14 --pretrained openai --store vitl
     torchrun --nproc-per-node 8 -- scripts/extract_features.py ...      # each GPU takes its share of the shards
 
-Train with `--features vitl`. A second run keeps the stores that are there. Caption flags must be those of the training.
+Train with `--features vitl`. Caption flags must be those of the training. A second run keeps the stores that are there
+and of this teacher; where images or captions have changed since, add `--overwrite`.
 """
 
 from __future__ import annotations
@@ -22,26 +23,29 @@ from jettclip.models.factory import create_model_and_transforms, get_tokenizer
 from jettclip.models.teacher import Teacher
 from jettclip.openclip import init_distributed_device_so, keep_uint8
 from jettclip.params import add_flags, read_flags
-from jettclip.settings import DataSettings
+from jettclip.settings import SampleSettings
 from jettclip.types import VIEWS
 
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data", required=True, help="shards, with braces, joined by ::")
     parser.add_argument("--model", required=True, help="name of the teacher's model, ours or OpenCLIP's")
     parser.add_argument("--pretrained", required=True, help="tag, or checkpoint file or folder")
     parser.add_argument("--store", required=True, help="name of the store: NNNNNN.STORE.safetensors beside NNNNNN.tar")
+    parser.add_argument("--features-dir", default="", help="folder of the store; beside the shards by default")
     parser.add_argument("--views", nargs="+", choices=VIEWS, default=list(VIEWS), help="captions to ask about")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="to store the features in (default: bf16)")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--overwrite", action="store_true", help="write stores anew that are there already")
-    add_flags(parser, DataSettings)
+    add_flags(parser, SampleSettings)
     args = parser.parse_args()
-    settings = read_flags(DataSettings, args)
+    settings = read_flags(SampleSettings, args)
     if settings.problems():
         parser.error("\n  ".join(settings.problems()))
     place = init_distributed_device_so(args.device)
@@ -53,7 +57,7 @@ def main() -> int:
             reader,
             args.data,
             args.store,
-            folder=settings.features_dir,
+            folder=args.features_dir,
             batch_size=args.batch_size,
             workers=args.workers,
             dtype=DTYPES[args.dtype],

@@ -14,7 +14,7 @@ from jettclip.extract import Extraction, extract_features
 from jettclip.models.factory import Transform
 from jettclip.models.teacher import Teacher
 from jettclip.openclip import PreprocessCfg, image_transform_v2, keep_uint8
-from jettclip.settings import DataSettings
+from jettclip.settings import DataSettings, SampleSettings
 from support import caption, picture, sample, tiny_towers, write_shard, write_shards
 
 SETTINGS = DataSettings(features="tiny", max_drop_rate=0.5)
@@ -29,8 +29,15 @@ def transform() -> Transform:
     return keep_uint8(image_transform_v2(PreprocessCfg(size=16), is_train=False))
 
 
-def extract(teacher: Teacher, urls: str, **options: object) -> Extraction:
-    reader = SampleReader(SETTINGS, transform(), get_tokenizer("Nano-248", 32), ("short", "long"))
+def extract(
+    teacher: Teacher,
+    urls: str,
+    *,
+    views: tuple[str, ...] = ("short", "long"),
+    settings: SampleSettings = SETTINGS,
+    **options: object,
+) -> Extraction:
+    reader = SampleReader(settings, transform(), get_tokenizer("Nano-248", 32), views)
     given = {"batch_size": 4, "dtype": torch.float32, **options}
     return extract_features(teacher, reader, urls, "tiny", **given)  # type: ignore[arg-type]
 
@@ -65,6 +72,32 @@ def test_stores_of_the_same_teacher_are_kept_and_others_written_anew(teacher: Te
     assert extract(teacher, urls)[:3] == (8, 2, 0)
 
 
+def test_a_store_without_a_view_that_is_asked_for_is_written_anew(teacher: Teacher, tmp_path: Path) -> None:
+    url = write_shards(tmp_path, [4])
+    extract(teacher, url, views=("long",))
+    assert Store(store_path(url, "tiny")).parts == {"image", "long"}
+    assert extract(teacher, url).shards == 1
+    assert Store(store_path(url, "tiny")).parts == {"image", "short", "long"}
+    assert extract(teacher, url, views=("short",)).kept == 1
+
+
+def test_the_error_of_a_stale_store_names_what_mends_it(teacher: Teacher, tmp_path: Path) -> None:
+    url = write_shards(tmp_path, [4])
+    extract(teacher, url)
+    write_shard(Path(url), [sample(i, png=picture(i), long_caption=f"new {i}", short_caption="new") for i in range(4)])
+    assert extract(teacher, url).kept == 1
+    options = {"is_train": False, "batch_size": 4}
+
+    def train() -> int:
+        loader = get_wds_dataset(SETTINGS, url, transform(), get_tokenizer("Nano-248", 32), **options)  # type: ignore[arg-type]
+        return len(list(loader))
+
+    with pytest.raises(DataError, match=r"has changed since.*scripts/extract_features\.py --overwrite"):
+        train()
+    extract(teacher, url, overwrite=True)
+    assert train() == 1
+
+
 def test_ranks_share_the_shards(teacher: Teacher, tmp_path: Path) -> None:
     urls = write_shards(tmp_path, [4, 5, 6])
     assert [extract(teacher, urls, rank=rank, world_size=2).samples for rank in (0, 1)] == [10, 5]
@@ -86,6 +119,31 @@ def test_a_shard_of_unusable_samples_stops_the_extraction(teacher: Teacher, tmp_
     url = write_shard(tmp_path / "0.tar", [sample(i, txt="x") for i in range(120)])
     with pytest.raises(DataError, match="image is missing"):
         extract(teacher, url)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_drops_stop_the_extraction_however_they_are_spread(
+    workers: int, teacher: Teacher, tmp_path: Path
+) -> None:
+    shards = [[sample(10 * i), sample(10 * i + 1), sample(10 * i + 2, txt="no image")] for i in range(4)]
+    urls = "::".join(write_shard(tmp_path / f"{i}.tar", samples) for i, samples in enumerate(shards))
+    for rate, rank, world_size in ((0.3, 0, 1), (0.3, 1, 2)):
+        with pytest.raises(
+            DataError, match=r"^\d+ of \d+ samples were dropped \(image is missing \d\).*--max-drop-rate"
+        ):
+            extract(
+                teacher, urls, settings=SampleSettings(max_drop_rate=rate), workers=workers, rank=rank,
+                world_size=world_size, overwrite=True,
+            )  # fmt: skip
+    done = extract(teacher, urls, settings=SampleSettings(max_drop_rate=0.4), workers=workers, overwrite=True)
+    assert done.dropped == {"image is missing": 4}
+
+
+def test_a_mistake_that_a_worker_finds_is_told_without_its_traceback(teacher: Teacher, tmp_path: Path) -> None:
+    url = write_shard(tmp_path / "0.tar", [sample(i, txt="x") for i in range(120)])
+    with pytest.raises(DataError, match="^none of the first 100 samples is usable") as error:
+        extract(teacher, url, workers=1)
+    assert "Traceback" not in str(error.value)
 
 
 def test_features_are_stored_in_the_asked_precision_and_folder(teacher: Teacher, tmp_path: Path) -> None:

@@ -7,19 +7,20 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from jettclip.data.collate import collate
-from jettclip.data.counts import Dropped, Tally
+from jettclip.data.counts import Dropped, Tally, check_drop_rate
 from jettclip.data.features import Store, StoreInfo, digest, store_path, write_store
-from jettclip.data.sample import Sample, SampleReader
-from jettclip.data.shards import find_shards, open_shard
-from jettclip.data.tar import read_samples
+from jettclip.data.sample import SampleReader
+from jettclip.data.shards import find_shards
+from jettclip.data.workers import run_workers
 from jettclip.models.teacher import Teacher
 from jettclip.types import Batch, BatchInfo, to_device
 
@@ -30,10 +31,9 @@ class Chunk(NamedTuple):
     """Consecutive samples of one shard."""
 
     shard: str
-    batch: Batch | None  # None if the end of the shard brings no more samples
+    batch: Batch | None  # None at the end of the shard
     digests: dict[str, list[bytes]]  # of image, short and long caption
     info: BatchInfo
-    is_last: bool
 
 
 class ShardChunks(IterableDataset[Chunk]):
@@ -46,33 +46,14 @@ class ShardChunks(IterableDataset[Chunk]):
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        for shard in self.shards[worker::workers]:
-            yield from self._chunks(shard)
-
-    def _chunks(self, shard: str) -> Iterator[Chunk]:
         tally = Tally(self.reader.settings.max_drop_rate)
-        samples: list[Sample] = []
-        digests: dict[str, list[bytes]] = defaultdict(list)
-
-        def chunk(is_last: bool) -> Chunk:
-            batch = collate(samples, self.crop_captions) if samples else None
-            return Chunk(shard, batch, dict(digests), tally.since_last([s.key for s in samples]), is_last)
-
-        with open_shard(shard) as stream:
-            for group in read_samples(stream, self.reader.wanted, tally, shard):
-                try:
-                    contents = self.reader.contents(group, tally)
-                    samples.append(self.reader.decode(group["__key__"], shard, contents, epoch=0))
-                except Dropped as problem:
-                    tally.drop(problem.reason, f"{group['__key__']} of {shard} ({problem})")
-                    continue
-                tally.keep()
-                for part, content in contents.items():
-                    digests[part].append(digest(content))
-                if len(samples) == self.batch_size:
-                    yield chunk(is_last=False)
-                    samples, digests = [], defaultdict(list)
-        yield chunk(is_last=True)
+        for shard in self.shards[worker::workers]:
+            samples = self.reader.read_shards([shard], tally)
+            while rows := list(islice(samples, self.batch_size)):
+                digests = {part: [digest(row.contents[part]) for row in rows] for part in rows[0].contents}
+                info_of_rows = tally.since_last([row.key for row in rows])
+                yield Chunk(shard, collate(rows, self.crop_captions), digests, info_of_rows)
+            yield Chunk(shard, None, {}, tally.since_last([]))
 
 
 class Extraction(NamedTuple):
@@ -86,11 +67,16 @@ class Extraction(NamedTuple):
 
 @dataclass
 class _Rows:
-    """What is known of a shard so far."""
+    """The rows of one shard's store."""
 
     keys: list[str] = field(default_factory=list)
     features: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     digests: dict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
+    dropped: Counter[str] = field(default_factory=Counter)  # samples without a row, by reason
+
+    def write(self, path: str, info: StoreInfo) -> None:
+        features = {part: torch.cat(parts) for part, parts in self.features.items()}
+        write_store(path, self.keys, features, self.digests, info)
 
 
 def extract_features(
@@ -108,11 +94,11 @@ def extract_features(
     world_size: int = 1,
     overwrite: bool = False,
 ) -> Extraction:
-    """Writes the store `name` of every shard; those that are there and of this teacher are kept.
+    """Writes the store `name` of every shard; those that hold what is asked for, of this teacher, are kept.
 
     Args:
         teacher: the model to ask, already on `device`.
-        reader: reads the samples with the teacher's own image transform and tokenizer.
+        reader: reads the samples with the teacher's own image transform and tokenizer; its views are asked about.
         urls: shards, with braces, joined by ``::``, or a list of such.
         name: of the store; ``--features`` takes it in training.
         folder: where to write; beside the shards if empty.
@@ -126,7 +112,7 @@ def extract_features(
     Raises:
         DataError: if shards are missing, or too many of their samples cannot be used.
     """
-    shards = find_shards(urls, allow_pipe=reader.settings.allow_pipe_urls)
+    shards = find_shards(urls, allow_pipe=reader.settings.allow_pipe_urls)[rank::world_size]
     info = StoreInfo(
         model=teacher.name,
         weights_digest=teacher.weights_digest(),
@@ -135,42 +121,48 @@ def extract_features(
         preprocess=teacher.preprocess,
         width=teacher.info.width,
     )
-    ours = shards[rank::world_size]
-    todo = [shard for shard in ours if overwrite or not _is_current(store_path(shard.url, name, folder), info)]
+    parts = {"image", *reader.views}
+    todo = [shard for shard in shards if overwrite or not _is_current(store_path(shard.url, name, folder), info, parts)]
+    chunks = ShardChunks([shard.url for shard in todo], reader, batch_size, teacher.model.ignores_padding)
     samples = written = 0
     dropped: Counter[str] = Counter()
-    chunks = ShardChunks([shard.url for shard in todo], reader, batch_size, teacher.model.ignores_padding)
-    rows: dict[str, _Rows] = defaultdict(_Rows)
     if folder:
         os.makedirs(folder, exist_ok=True)
     with tqdm(total=sum(shard.size for shard in todo), desc=f"extracting {name}", unit="sample", disable=None) as bar:
-        for chunk in DataLoader(chunks, batch_size=None, num_workers=min(workers, len(todo))):
-            shard = rows[chunk.shard]
-            dropped.update(chunk.info.dropped)
-            if chunk.batch is not None:
-                features = teacher(to_device(chunk.batch, torch.device(device)))
-                shard.keys += chunk.info.keys
-                for part, digests in chunk.digests.items():
-                    shard.features[part].append(getattr(features, part).to("cpu", dtype))
-                    shard.digests[part] += digests
-                bar.update(len(chunk.info.keys))
-            if chunk.is_last:
-                if shard.keys:
-                    _write(store_path(chunk.shard, name, folder), shard, info)
-                    samples, written = samples + len(shard.keys), written + 1
-                else:
-                    logging.warning(f"{chunk.shard} has no usable sample, so it gets no store")
-                del rows[chunk.shard]
-    return Extraction(samples, written, len(ours) - len(todo), dropped)
+        for shard, rows in _ask(teacher, chunks, min(workers, len(todo)), dtype, torch.device(device), bar):
+            dropped.update(rows.dropped)
+            if rows.keys:
+                rows.write(store_path(shard, name, folder), info)
+                samples, written = samples + len(rows.keys), written + 1
+            else:
+                logging.warning(f"{shard} has no usable sample, so it gets no store")
+    check_drop_rate(samples, dropped, reader.settings.max_drop_rate)
+    return Extraction(samples, written, len(shards) - len(todo), dropped)
 
 
-def _write(path: str, rows: _Rows, info: StoreInfo) -> None:
-    write_store(path, rows.keys, {part: torch.cat(parts) for part, parts in rows.features.items()}, rows.digests, info)
+def _ask(
+    teacher: Teacher, chunks: ShardChunks, workers: int, dtype: torch.dtype, device: torch.device, bar: tqdm
+) -> Iterator[tuple[str, _Rows]]:
+    """Yields each shard with what the teacher says of it, as soon as it is whole."""
+    unfinished: dict[str, _Rows] = defaultdict(_Rows)
+    for shard, batch, digests, info in run_workers(chunks, workers):
+        rows = unfinished[shard]
+        rows.dropped.update(info.dropped)
+        if batch is None:
+            yield shard, unfinished.pop(shard)
+            continue
+        features = teacher(to_device(batch, device))
+        rows.keys += info.keys
+        for part, its_digests in digests.items():
+            rows.features[part].append(getattr(features, part).to("cpu", dtype))
+            rows.digests[part] += its_digests
+        bar.update(len(info.keys))
 
 
-def _is_current(path: str, info: StoreInfo) -> bool:
-    """Tells whether a store is there and of this teacher; whether its rows still fit is checked when they are read."""
+def _is_current(path: str, info: StoreInfo, parts: set[str]) -> bool:
+    """Tells whether a store of this teacher with these parts is there; if its rows fit is seen when they are read."""
     try:
-        return Store(path).info == info
+        store = Store(path)
     except Dropped:
         return False
+    return store.info == info and parts <= store.parts

@@ -1,13 +1,22 @@
-"""Draws what a run has learnt: loss and recall curves, and the pictures found for a caption."""
+"""Shows what a run has learnt: loss and recall curves, a table of recall, and the pictures found for a caption."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
+
+from jettclip.data.collate import collate
+from jettclip.data.counts import Tally, check_drop_rate
+from jettclip.data.decode import decode_image
+from jettclip.data.sample import SampleReader
+from jettclip.data.shards import find_shards
+from jettclip.models.two_towers import TwoTowers
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -18,6 +27,49 @@ class Found(NamedTuple):
     caption: str
     pictures: list[Image.Image]
     right: int | None  # which of them belongs to the caption, if any
+
+
+@torch.no_grad()
+def find_pictures(
+    model: TwoTowers,
+    reader: SampleReader,
+    urls: str | Sequence[str],
+    captions: Sequence[int],
+    count: int = 5,
+    batch_size: int = 100,
+) -> list[Found]:
+    """Ranks the pictures of a data set for some of its long captions.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        reader: reads the samples, with their long captions, by the model's own image transform and tokenizer.
+        urls: shards, with braces, joined by ``::``, or a list of such.
+        captions: which samples' captions to ask about, by their place in the data set; those beyond its end are left
+            out.
+        count: pictures to find for each.
+        batch_size: pictures the model sees at once.
+
+    Raises:
+        DataError: if shards are missing, or too many of their samples cannot be used.
+    """
+    settings, tally = reader.settings, Tally(reader.settings.max_drop_rate)
+    shards = find_shards(urls, allow_pipe=settings.allow_pipe_urls)
+    samples = reader.read_shards([shard.url for shard in shards], tally)
+    contents, features = [], []
+    while rows := list(islice(samples, batch_size)):
+        contents += [row.contents for row in rows]
+        features.append(model.encode_image(collate(rows).image, normalize=True))
+    check_drop_rate(tally.kept, tally.dropped, tally.max_drop_rate)
+    pictures = torch.cat(features)
+    found = []
+    for number in captions:
+        if number < len(contents):
+            caption = str(contents[number]["long"])
+            similarities = model.encode_text(reader.tokenizer(caption), normalize=True) @ pictures.T
+            best = similarities[0].topk(min(count, len(contents))).indices.tolist()
+            shown = [decode_image(bytes(contents[i]["image"]), settings.max_image_pixels) for i in best]
+            found.append(Found(caption, shown, best.index(number) if number in best else None))
+    return found
 
 
 def plot_runs(runs: Mapping[str, Lines], loss: str, metric: str, path: Path) -> None:
@@ -74,6 +126,19 @@ def plot_found(rows: Sequence[Found], path: Path) -> None:
             if index == row.right:
                 cell.spines[:].set(visible=True, color="green", linewidth=3)
     figure.savefig(path, dpi=110)
+
+
+def recall_table(evaluations: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Returns a table of recall, the mean of both directions.
+
+    Args:
+        evaluations: the metrics of each run, by name.
+        columns: the title of each metric, such as ``long/R@1``, to show.
+    """
+    lines = [" " * 26 + "".join(f"{title:>24}" for title in columns.values())]
+    for name, line in evaluations.items():
+        lines.append(f"{name:<26}" + "".join(f"{mean_recall(line, metric):>24.3f}" for metric in columns))
+    return "\n".join(lines)
 
 
 def mean_recall(line: Mapping[str, Any], metric: str) -> float:

@@ -16,8 +16,8 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Data: captions, feature stores, and what may be dropped."""
+class SampleSettings:
+    """Samples: where their captions stand, and what may be dropped."""
 
     short_caption_field: str = option(
         "short_caption,json:short_caption",
@@ -31,6 +31,27 @@ class DataSettings:
         "How to make a short caption of the long one for a sample that has none; 'none' drops the sample.",
         choices=("first-sentence", "none"),
     )
+    max_drop_rate: float = option(0.01, "Stop when more than this share of the samples had to be dropped.")
+    max_image_pixels: int = option(50_000_000, "Drop images with more pixels than this.")
+    allow_pipe_urls: bool = option(False, "Allow pipe: urls, which run shell commands.")
+
+    def problems(self) -> list[str]:
+        """Returns the mistakes in these settings."""
+        found = []
+        if not 0 <= self.max_drop_rate <= 1:
+            found.append(f"--max-drop-rate {self.max_drop_rate} must be a share between 0 and 1, such as 0.01")
+        if self.max_image_pixels < 1:
+            found.append(f"--max-image-pixels {self.max_image_pixels} must be positive, such as 50000000")
+        for flag, places in (("short", self.short_caption_field), ("long", self.long_caption_field)):
+            if not places.strip(" ,"):
+                found.append(f"--{flag}-caption-field {places!r} names no place; give a member name or json:KEY")
+        return found
+
+
+@dataclass(frozen=True)
+class DataSettings(SampleSettings):
+    """Data: samples, feature stores, and the order."""
+
     text_embeddings: str = option(
         "",
         "Captions are stored embeddings instead of text: 'members' if the caption fields hold raw float32, "
@@ -41,25 +62,15 @@ class DataSettings:
     on_missing_features: str = option(
         "error", "What a missing or stale feature row is: an error, or a counted drop.", choices=("error", "drop")
     )
-    max_drop_rate: float = option(0.01, "Stop when more than this share of the samples had to be dropped.")
-    max_image_pixels: int = option(50_000_000, "Drop images with more pixels than this.")
     shuffle_buffer: int = option(5000, "Samples each worker holds back to shuffle them.")
-    allow_pipe_urls: bool = option(False, "Allow pipe: urls, which run shell commands.")
 
     def problems(self) -> list[str]:
         """Returns the mistakes in these settings."""
-        found = []
-        if not 0 <= self.max_drop_rate <= 1:
-            found.append(f"--max-drop-rate {self.max_drop_rate} must be a share between 0 and 1, such as 0.01")
-        if self.max_image_pixels < 1:
-            found.append(f"--max-image-pixels {self.max_image_pixels} must be positive, such as 50000000")
+        found = super().problems()
         if self.shuffle_buffer < 1:
             found.append(f"--shuffle-buffer {self.shuffle_buffer} must be at least 1, which means no shuffling")
         if self.features_dir and not (self.features or self.text_embeddings):
             found.append(f"--features-dir {self.features_dir} is of no use alone; name the store with --features")
-        for flag, places in (("short", self.short_caption_field), ("long", self.long_caption_field)):
-            if not places.strip(" ,"):
-                found.append(f"--{flag}-caption-field {places!r} names no place; give a member name or json:KEY")
         return found
 
     @property

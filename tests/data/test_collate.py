@@ -14,7 +14,7 @@ def make(number: int, image: Tensor | None = None, width: int = 6, teacher: bool
     ids = torch.tensor([49406, *range(1, number + 2), 49407, *[0] * 9])[:width]
     row = torch.full([3], float(number))
     features = TeacherFeatures(row, None, row) if teacher else None
-    return Sample(str(number), torch.zeros(3, 4, 5) if image is None else image, None, ids, features)
+    return Sample(str(number), torch.zeros(3, 4, 5) if image is None else image, None, ids, features, {})
 
 
 def test_samples_are_stacked_and_absent_parts_stay_absent() -> None:

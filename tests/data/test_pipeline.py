@@ -326,6 +326,21 @@ def test_a_shard_that_was_cut_since_it_was_counted_is_counted_as_lost(tmp_path: 
     assert damaged == {"shard is cut short": 1}
 
 
+@pytest.mark.parametrize("is_train", [False, True])
+@pytest.mark.parametrize("grown", [0, 1])
+def test_a_shard_that_has_grown_since_it_was_counted_is_reported(is_train: bool, grown: int, tmp_path: Path) -> None:
+    urls = write_shards(tmp_path, [6, 6])
+    loader = loader_of(urls, is_train=is_train, shuffle_buffer=1)
+    write_shard(tmp_path / f"{grown:06d}.tar", [sample(6 * grown + i) for i in range(9)])
+    damaged = Counter[str]()
+    keys = []
+    for _ in loader:
+        damaged.update(loader.last_info.damaged)
+        keys += loader.last_info.keys
+    assert damaged == {"shard holds more samples than it did when counted": 1}
+    assert sorted(keys) == numbers(12)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_that_runs_out_of_samples_ends_training_with_an_error(workers: int, tmp_path: Path) -> None:
     urls = write_shards(tmp_path, [4] * max(1, workers))  # a shard for each worker

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jettclip.data.plan import Division, drawn_with_replacement, share, stretch
+from jettclip.data.counts import DataError
+from jettclip.data.plan import Division, divide, drawn_with_replacement, share, stretch
 from jettclip.data.shards import Shard
 
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any)
@@ -117,3 +118,21 @@ def test_shares_are_adjacent_and_differ_by_one_at_most(count: int, parts: int) -
     assert all(before[1] == after[0] for before, after in zip(bounds[:-1], bounds[1:], strict=True))
     sizes = [stop - start for start, stop in bounds]
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_train", "samples"),
+    [(None, True, 10), (20, True, 20), (4, True, 4), (None, False, 10), (20, False, 10), (3, False, 3)],
+)
+def test_an_epoch_has_the_samples_asked_for_but_evaluation_no_more_than_there_are(
+    asked: int | None, is_train: bool, samples: int
+) -> None:
+    assert divide(10, asked, 2, is_train, world_size=2).samples == samples
+
+
+@pytest.mark.parametrize(
+    ("available", "is_train", "needed"), [(7, True, r"8 \(a batch of 4 each\)"), (1, False, r"2 \(one sample each\)")]
+)
+def test_too_few_samples_for_every_rank_are_refused(available: int, is_train: bool, needed: str) -> None:
+    with pytest.raises(DataError, match=rf"{available} samples are too few for 2 ranks, which need {needed}"):
+        divide(available, None, 4, is_train, world_size=2)

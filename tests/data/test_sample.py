@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from jettclip.data.counts import Dropped, Tally
 from jettclip.data.sample import SampleReader
-from jettclip.settings import DataSettings
-from support import caption, picture
+from jettclip.settings import SampleSettings
+from support import caption, picture, sample, write_shard
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -28,9 +29,10 @@ def reader(
     views: tuple[str, ...] = ("short", "long"),
     transform: Callable[[Image.Image], Tensor] = to_tensor,
     seed: int = 0,
+    embeddings: Literal["members"] | None = None,
     **settings: Any,
 ) -> SampleReader:
-    return SampleReader(DataSettings(**settings), transform, tokenize, views, seed=seed)
+    return SampleReader(SampleSettings(**settings), transform, tokenize, views, embeddings=embeddings, seed=seed)
 
 
 def group(**members: bytes | str) -> dict[str, Any]:
@@ -43,11 +45,11 @@ def ordinary(**members: bytes | str) -> dict[str, Any]:
 
 
 def test_an_ordinary_sample_is_decoded() -> None:
-    sample = reader().read(ordinary(), 0, Tally())
-    assert sample.key == "0001"
-    assert torch.equal(sample.image, torch.full((3, 2, 2), 16))
-    assert (sample.short, sample.long) == (torch.tensor([5]), torch.tensor([10]))
-    assert sample.teacher is None
+    made = reader().read(ordinary(), 0, Tally())
+    assert made.key == "0001"
+    assert torch.equal(made.image, torch.full((3, 2, 2), 16))
+    assert (made.short, made.long) == (torch.tensor([5]), torch.tensor([10]))
+    assert made.teacher is None
 
 
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp"])
@@ -58,21 +60,21 @@ def test_the_image_may_have_any_allowed_extension(extension: str) -> None:
 
 def test_openclips_layout_gives_the_long_caption_and_a_short_one_by_policy() -> None:
     tally = Tally()
-    sample = reader().read(group(jpg=picture(0), txt="A dog runs. It is brown."), 0, tally)
-    assert (sample.short, sample.long) == (torch.tensor([len("A dog runs")]), torch.tensor([24]))
+    made = reader().read(group(jpg=picture(0), txt="A dog runs. It is brown."), 0, tally)
+    assert (made.short, made.long) == (torch.tensor([len("A dog runs")]), torch.tensor([24]))
     assert tally.noted == {"short caption by first-sentence": 1}
 
 
 def test_captions_come_from_the_json_too() -> None:
     members = group(jpg=picture(0), json=json.dumps({"short_caption": "dog", "long_caption": "a dog"}), txt="no")
-    sample = reader().read(members, 0, Tally())
-    assert (sample.short, sample.long) == (torch.tensor([3]), torch.tensor([5]))
+    made = reader().read(members, 0, Tally())
+    assert (made.short, made.long) == (torch.tensor([3]), torch.tensor([5]))
 
 
 def test_only_the_views_that_are_asked_for_are_needed() -> None:
-    sample = reader(views=("long",)).read(group(jpg=picture(0), long_caption="a dog"), 0, Tally())
-    assert sample.short is None
-    assert sample.long is not None
+    made = reader(views=("long",)).read(group(jpg=picture(0), long_caption="a dog"), 0, Tally())
+    assert made.short is None
+    assert made.long is not None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_only_the_views_that_are_asked_for_are_needed() -> None:
         (ordinary(png=b"no picture"), {}, "image cannot be decoded"),
         (ordinary(png=picture(0, format="JPEG")[:-50]), {}, "image cannot be decoded"),
         (ordinary(png=picture(0, size=30)), {"max_image_pixels": 899}, "image has too many pixels: 30 x 30"),
-        (ordinary(), {"text_embeddings": "members"}, "embedding is not raw float32"),
+        (ordinary(), {"embeddings": "members"}, "embedding is not raw float32"),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_dropped_with_its_reason(
@@ -104,8 +106,8 @@ def test_a_sample_that_cannot_be_used_is_dropped_with_its_reason(
 
 def test_members_may_hold_embeddings() -> None:
     short, long = struct.pack("<3f", 1, 2, 3), struct.pack("<3f", 4, 5, 6)
-    sample = reader(text_embeddings="members").read(ordinary(short_caption=short, long_caption=long), 0, Tally())
-    assert torch.equal(torch.stack([sample.short, sample.long]), torch.arange(1.0, 7).view(2, 3))  # type: ignore[list-item]
+    made = reader(embeddings="members").read(ordinary(short_caption=short, long_caption=long), 0, Tally())
+    assert torch.equal(torch.stack([made.short, made.long]), torch.arange(1.0, 7).view(2, 3))  # type: ignore[list-item]
 
 
 def test_no_member_is_wanted_but_images_and_the_declared_fields() -> None:
@@ -134,3 +136,13 @@ def test_an_undecodable_image_counts_before_a_missing_feature() -> None:
     broken.stores = broken.embeddings = Nothing()  # type: ignore[assignment]
     with pytest.raises(Dropped, match="image cannot be decoded"):
         broken.read(ordinary(png=b"", long_caption=caption(0)), 0, Tally())
+
+
+def test_the_samples_of_several_shards_come_in_order_with_what_they_were_made_of(tmp_path: Path) -> None:
+    broken = [sample(1, png=b"x", long_caption="a"), sample(2)]
+    urls = [write_shard(tmp_path / "0.tar", [sample(0), *broken]), write_shard(tmp_path / "1.tar", [sample(3)])]
+    tally = Tally()
+    read = list(reader().read_shards(urls, tally))
+    assert [one.key for one in read] == ["000000", "000002", "000003"]
+    assert read[1].contents == {"image": picture(2), "short": "thing 2", "long": caption(2)}
+    assert (tally.kept, tally.dropped) == (3, {"image cannot be decoded": 1})

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import gzip
-import json
-import logging
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import pytest
 
 from jettclip.data.counts import DataError
-from jettclip.data.shards import Shard, expand_urls, find_shards, open_shard
-from support import run_ranks, sample, write_shard, write_shards
+from jettclip.data.shards import Shard, expand_urls, find_shards
+from jettclip.data.streams import open_shard
+from support import run_ranks, write_shards
 
 
 @pytest.mark.parametrize(
@@ -36,31 +33,6 @@ def test_each_shard_has_the_weight_of_its_source() -> None:
 def test_weights_that_do_not_fit_the_sources_are_refused(weights: str) -> None:
     with pytest.raises(ValueError, match=r"--train-data-upsampling-factors .* give one positive number a source"):
         expand_urls("a/{0..9}.tar::b.tar", weights)
-
-
-def test_samples_are_counted(tmp_path: Path) -> None:
-    urls = write_shards(tmp_path, [3, 0, 2])
-    assert [shard.size for shard in find_shards(urls)] == [3, 0, 2]
-    assert [shard.size for shard in find_shards(f"{tmp_path}/{{000000..000002}}.tar")] == [3, 0, 2]
-
-
-def test_many_shards_are_counted_by_several_processes(tmp_path: Path) -> None:
-    sizes = [1 + i % 3 for i in range(16)]
-    assert [shard.size for shard in find_shards(write_shards(tmp_path, sizes))] == sizes
-
-
-def test_recorded_sizes_are_believed_and_what_they_leave_out_is_counted(tmp_path: Path) -> None:
-    urls = write_shards(tmp_path, [3, 4])
-    (tmp_path / "sizes.json").write_text(json.dumps({"000000.tar": 300}))
-    assert [shard.size for shard in find_shards(urls)] == [300, 4]
-    assert [shard.size for shard in find_shards([f"file:{url}" for url in urls.split("::")])] == [300, 4]
-
-
-@pytest.mark.parametrize("content", ["{", "[1, 2]", '{"000000.tar": "many"}', '{"000000.tar": null}'])
-def test_unreadable_sizes_are_an_error_naming_the_file(content: str, tmp_path: Path) -> None:
-    (tmp_path / "sizes.json").write_text(content)
-    with pytest.raises(DataError, match=r"sizes\.json"):
-        find_shards(write_shards(tmp_path, [3]))
 
 
 def test_resampled_shards_need_no_size(tmp_path: Path) -> None:
@@ -101,16 +73,6 @@ def test_commands_run_only_where_they_are_allowed(resampled: bool, tmp_path: Pat
         assert stream.seek(0) == 0
 
 
-def test_a_command_that_fails_is_an_error_naming_it() -> None:
-    with pytest.raises(DataError, match=r"pipe:exit 3.*cannot be opened"):
-        open_shard("pipe:exit 3")
-
-
-def test_a_shard_that_has_vanished_is_an_error_naming_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.tar"):
-        open_shard(str(tmp_path / "gone.tar"))
-
-
 def test_file_urls_and_compressed_shards_are_opened(tmp_path: Path) -> None:
     path = Path(write_shards(tmp_path, [3]))
     packed = tmp_path / "000001.tar.gz"
@@ -119,21 +81,6 @@ def test_file_urls_and_compressed_shards_are_opened(tmp_path: Path) -> None:
         assert [shard.size for shard in find_shards(url)] == [3]
         with open_shard(url) as stream:
             assert stream.read() == path.read_bytes()
-
-
-def test_remote_shards_are_counted_with_a_warning_unless_their_sizes_are_recorded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    files: Any = fsspec.filesystem("memory")
-    files.pipe("/shards/000000.tar", Path(write_shard(tmp_path / "000000.tar", [sample(0), sample(1)])).read_bytes())
-    with caplog.at_level(logging.WARNING):
-        assert [shard.size for shard in find_shards("memory://shards/000000.tar")] == [2]
-    assert "Counting the samples of 1 remote shards" in caplog.text
-    caplog.clear()
-    files.pipe("/shards/sizes.json", b'{"000000.tar": 200}')
-    assert [shard.size for shard in find_shards("memory://shards/000000.tar")] == [200]
-    assert not caplog.text
-    files.rm("/shards", recursive=True)
 
 
 def test_every_rank_is_told_what_the_first_one_counted(tmp_path: Path) -> None:

@@ -7,21 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import webdataset as wds
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from jettclip.data.collate import collate
-from jettclip.data.counts import DataError, Dropped, Tally, describe
-from jettclip.data.features import open_stores
-from jettclip.data.plan import Division, Slice, drawn_with_replacement, stretch
+from jettclip.data.counts import DataError, Tally, describe
+from jettclip.data.plan import Division, Slice, divide, drawn_with_replacement, stretch
 from jettclip.data.sample import Sample, SampleReader, Tokenizer
-from jettclip.data.shards import Shard, find_shards, open_shard
-from jettclip.data.tar import read_samples
+from jettclip.data.shards import Shard, find_shards
+from jettclip.data.store_group import StoreGroup, open_stores
+from jettclip.data.streams import read_shard
+from jettclip.data.workers import run_workers
 from jettclip.settings import DataSettings
 from jettclip.types import Batch, BatchInfo, TeacherInfo
 
@@ -63,7 +63,7 @@ class ShardPipeline(IterableDataset):  # type: ignore[type-arg]
         samples = iter(
             wds.DataPipeline(
                 groups.repeat() if self.division.is_train else groups,  # from the start again, in place of dropped ones
-                partial(self._samples, tally),  # Sample
+                partial(self.reader.read_groups, epoch=self.epoch, tally=tally),  # Sample
             )
         )
         for _ in range(self.division.batches_of(worker)):
@@ -81,14 +81,17 @@ class ShardPipeline(IterableDataset):  # type: ignore[type-arg]
 
     def _groups(self, tally: Tally, slices: Iterator[Slice]) -> Iterator[dict[str, Any]]:
         for shard, first, stop in slices:
-            read = 0
-            with open_shard(shard.url) as stream:
-                for group in read_samples(stream, self.reader.wanted, tally, shard.url, first, stop):
-                    read += 1
-                    yield {**group, "__shard__": shard.url}
-            if stop is not None and read < stop - first:
-                tally.lose("shard holds fewer samples than it did when counted", shard.url, stop - first - read)
-            if stop is None and read == 0:
+            read, count = 0, None if stop is None else stop - first
+            at_end = stop == shard.size
+            groups = read_shard(shard.url, self.reader.wanted, tally, first, None if at_end else stop)
+            for group in islice(groups, count):
+                read += 1
+                if at_end and read == count and next(groups, None) is not None:
+                    tally.damage("shard holds more samples than it did when counted", shard.url)
+                yield group
+            if count is not None and read < count:
+                tally.lose("shard holds fewer samples than it did when counted", shard.url, count - read)
+            if count is None and read == 0:
                 tally.drop("shard holds no samples", shard.url)
 
     def _shuffle(self, generator: random.Random) -> Any:
@@ -96,16 +99,6 @@ class ShardPipeline(IterableDataset):  # type: ignore[type-arg]
             return None  # the stage is left out
         size = self.settings.shuffle_buffer
         return wds.shuffle(size, initial=min(SHUFFLE_START, size), rng=generator)
-
-    def _samples(self, tally: Tally, groups: Iterator[dict[str, Any]]) -> Iterator[Sample]:
-        for group in groups:
-            try:
-                sample = self.reader.read(group, self.epoch, tally)
-            except Dropped as problem:
-                tally.drop(problem.reason, f"sample {group['__key__']} of {group['__shard__']} ({problem})")
-                continue
-            tally.keep()
-            yield sample
 
 
 class Loader:
@@ -120,11 +113,6 @@ class Loader:
         """Batches of this rank in an epoch."""
         return self.dataset.division.batches
 
-    @property
-    def num_samples(self) -> int:
-        """Samples of all ranks in an epoch."""
-        return self.dataset.division.samples
-
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration reads."""
         self.dataset.epoch = epoch
@@ -135,7 +123,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         held: Batch | None = None  # back for one turn: counts without a batch join it
         info = BatchInfo([], {}, {}, {})
-        for batch, its_info in self._results():
+        for batch, its_info in run_workers(self.dataset, self.workers):
             if held is None or batch is None:
                 held, info = held or batch, _together(info, its_info)
             else:
@@ -146,17 +134,6 @@ class Loader:
             raise DataError(f"no sample is usable: {describe(info.dropped)}")
         self.last_info = info
         yield held
-
-    def _results(self) -> Iterator[tuple[Batch | None, BatchInfo]]:
-        loader = DataLoader(
-            self.dataset, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available()
-        )
-        try:
-            yield from loader
-        except DataError as error:  # from a worker, torch hands it on with the traceback as its message
-            message = str(error).rpartition("DataError: ")[2].strip()
-            # this traceback is in a cycle with torch's iterator, whose workers would linger on for seconds each
-            raise DataError(message) from error.with_traceback(None)
 
 
 def get_wds_dataset(
@@ -207,30 +184,26 @@ def get_wds_dataset(
     """
     resampled = resampled and is_train
     shards = find_shards(urls, weights, resampled=resampled, allow_pipe=settings.allow_pipe_urls)
-    names = [shard.url for shard in shards]
-    stores = embeddings = None
+    open_stores_of = partial(
+        open_stores,
+        [shard.url for shard in shards],
+        folder=settings.features_dir,
+        on_missing=settings.on_missing_features,
+    )
+    stores: StoreGroup | None = None
+    embeddings: StoreGroup | Literal["members"] | None = "members" if settings.text_embeddings == "members" else None
     if settings.feature_stores and teacher_parts:
         unread = sorted({*teacher_parts} - {"image", *views})
         if unread:
             raise ValueError(f"teacher_parts {unread} need captions that views {[*views]} leaves out; add them there")
-        stores = open_stores(names, settings.feature_stores, settings.features_dir, settings.on_missing_features)
-    if settings.text_embeddings not in ("", "members"):
-        embeddings = open_stores(names, [settings.text_embeddings], settings.features_dir, settings.on_missing_features)
-    available = sum(shard.size for shard in shards)
-    samples = (num_samples if is_train else min(num_samples or available, available)) or available
-    division = Division(samples, batch_size, is_train, rank, world_size, max(1, workers))
-    needed = batch_size * world_size if is_train else world_size
-    if samples < needed:
-        raise DataError(
-            f"{samples} samples are too few for {world_size} ranks, which need {needed} "
-            f"({'a batch of ' + str(batch_size) if is_train else 'one sample'} each): use a smaller --batch-size "
-            "or fewer ranks, or give the length of an epoch with --train-num-samples"
-        )
+        stores = open_stores_of(settings.feature_stores)
+    if settings.text_embeddings and not embeddings:
+        embeddings = open_stores_of([settings.text_embeddings])
     reader = SampleReader(settings, preprocess, tokenizer, tuple(views), stores, tuple(teacher_parts), embeddings, seed)
     dataset = ShardPipeline(
         shards,
         reader,
-        division,
+        divide(sum(shard.size for shard in shards), num_samples, batch_size, is_train, rank, world_size, workers),
         collate=partial(collate, crop_captions=crop_captions and not settings.text_embeddings),
         settings=settings,
         resampled=resampled,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from jettclip.data.counts import DataError
 from jettclip.data.shards import Shard
 
 
@@ -61,6 +62,31 @@ class Division:
             return first + low, first + high
         before = (epoch * self.world_size + self.rank) * self.batches + sum(map(self.batches_of, range(worker)))
         return before * self.batch_size, (before + self.batches_of(worker)) * self.batch_size
+
+
+def divide(
+    available: int,
+    asked: int | None,
+    batch_size: int,
+    is_train: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Division:
+    """Divides an epoch of the samples asked for, by default of all that are available; of no more in evaluation.
+
+    Raises:
+        DataError: if there are too few for every rank to have a batch in training, or a sample in evaluation.
+    """
+    samples = (asked if is_train else min(asked or available, available)) or available
+    needed = batch_size * world_size if is_train else world_size
+    if samples < needed:
+        raise DataError(
+            f"{samples} samples are too few for {world_size} ranks, which need {needed} "
+            f"({'a batch of ' + str(batch_size) if is_train else 'one sample'} each): use a smaller --batch-size "
+            "or fewer ranks, or give the length of an epoch with --train-num-samples"
+        )
+    return Division(samples, batch_size, is_train, rank, world_size, max(1, workers))
 
 
 def stretch(shards: Sequence[Shard], start: int, stop: int, seed: int | None) -> Iterator[Slice]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch import Tensor
 from jettclip.data.captions import POLICIES, CaptionField
 from jettclip.data.counts import Dropped, Tally
 from jettclip.data.decode import IMAGE_EXTENSIONS, decode_image, decode_vector
-from jettclip.data.features import StoreGroup
+from jettclip.data.store_group import StoreGroup
+from jettclip.data.streams import read_shard
 from jettclip.seeding import seeded
-from jettclip.settings import DataSettings
+from jettclip.settings import SampleSettings
 from jettclip.types import TeacherFeatures
 
 Tokenizer = Callable[[str], Tensor]
@@ -28,6 +29,7 @@ class Sample(NamedTuple):
     short: Tensor | None  # token ids int64 [L], or an embedding float [D]
     long: Tensor | None  # the same
     teacher: TeacherFeatures | None  # rows [Dt]
+    contents: Mapping[str, bytes | str]  # what all that was made of: the encoded image, and the captions
 
 
 class SampleReader:
@@ -40,19 +42,20 @@ class SampleReader:
         views: the caption views to read, ``short`` and ``long``; a sample without one of them is dropped.
         stores: teacher features to join, if any.
         teacher_parts: what to take of them, of ``image``, ``short``, ``long``.
-        embeddings: stores whose ``short`` and ``long`` rows take the place of token ids, if any.
+        embeddings: stores whose ``short`` and ``long`` rows take the place of token ids; or ``members``, if the
+            caption members hold raw float32 that does.
         seed: makes the random transform a function of seed, epoch and key, the same on any rank or worker.
     """
 
     def __init__(
         self,
-        settings: DataSettings,
+        settings: SampleSettings,
         transform: Callable[[Image.Image], Tensor],
         tokenizer: Tokenizer,
         views: tuple[str, ...],
         stores: StoreGroup | None = None,
         teacher_parts: tuple[str, ...] = (),
-        embeddings: StoreGroup | None = None,
+        embeddings: StoreGroup | Literal["members"] | None = None,
         seed: int = 0,
     ) -> None:
         self.settings, self.transform, self.tokenizer, self.views = settings, transform, tokenizer, views
@@ -63,31 +66,38 @@ class SampleReader:
         }
         self.wanted = frozenset(IMAGE_EXTENSIONS).union(*(field.members for field in self.fields.values()))
 
+    def read_shards(self, urls: Iterable[str], tally: Tally) -> Iterator[Sample]:
+        """Yields all samples of some shards, in order; those that cannot be used are counted in `tally`.
+
+        Raises:
+            DataError: if a shard cannot be opened, or too many samples cannot be used.
+        """
+        for url in urls:
+            yield from self.read_groups(read_shard(url, self.wanted, tally), 0, tally)
+
+    def read_groups(self, groups: Iterable[Mapping[str, Any]], epoch: int, tally: Tally) -> Iterator[Sample]:
+        """Yields the samples that groups of tar members make; those that cannot be used are counted in `tally`.
+
+        Raises:
+            DataError: if there are too many of them.
+        """
+        for group in groups:
+            try:
+                sample = self.read(group, epoch, tally)
+            except Dropped as problem:
+                tally.drop(problem.reason, f"sample {group['__key__']} of {group['__shard__']} ({problem})")
+                continue
+            tally.keep()
+            yield sample
+
     def read(self, group: Mapping[str, Any], epoch: int, tally: Tally) -> Sample:
         """Decodes one group of tar members.
 
         Raises:
-            Dropped: with the reason, if the sample cannot be used.
+            Dropped: with the reason, if something is missing, empty, stale or unreadable.
         """
-        return self.decode(group["__key__"], group["__shard__"], self.contents(group, tally), epoch)
-
-    def contents(self, group: Mapping[str, Any], tally: Tally) -> dict[str, bytes | str]:
-        """Finds the encoded ``image`` and the ``short`` and ``long`` captions among the members of a group.
-
-        Raises:
-            Dropped: with the reason, if one of them is missing, empty or unreadable.
-        """
-        image = next((group[extension] for extension in IMAGE_EXTENSIONS if extension in group), None)
-        if image is None:
-            raise Dropped("image is missing", f"it has {_members(group)}")
-        return {"image": image, **{view: self._caption(group, view, tally) for view in self.views}}
-
-    def decode(self, key: str, shard: str, contents: Mapping[str, Any], epoch: int) -> Sample:
-        """Makes a sample of what `contents` found.
-
-        Raises:
-            Dropped: with the reason, if the image cannot be decoded or a stored feature is missing or stale.
-        """
+        key, shard = group["__key__"], group["__shard__"]
+        contents = self._contents(group, tally)
         # first, since a store has no row for a sample whose image cannot be decoded
         image = decode_image(contents["image"], self.settings.max_image_pixels)
         texts = {view: self._encode(shard, key, view, contents[view]) for view in self.views}
@@ -96,12 +106,19 @@ class SampleReader:
             teacher = self.stores.lookup(shard, key, {part: contents[part] for part in self.teacher_parts})
         with seeded(f"{self.seed} {epoch} {key}"):
             pixels = self.transform(image)
-        return Sample(key, pixels, texts.get("short"), texts.get("long"), teacher)
+        return Sample(key, pixels, texts.get("short"), texts.get("long"), teacher, contents)
+
+    def _contents(self, group: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
+        """Finds the encoded ``image`` and the ``short`` and ``long`` captions among the members of a group."""
+        image = next((group[extension] for extension in IMAGE_EXTENSIONS if extension in group), None)
+        if image is None:
+            raise Dropped("image is missing", f"it has {_members(group)}")
+        return {"image": image, **{view: self._caption(group, view, tally) for view in self.views}}
 
     def _caption(self, group: Mapping[str, Any], view: str, tally: Tally) -> str | bytes:
         """Returns a view's caption, or the bytes of its embedding where the members hold those."""
         field = self.fields[view]
-        if self.settings.text_embeddings == "members":
+        if self.embeddings == "members":
             found = field.find(group)
             if isinstance(found, bytes):
                 return found
@@ -118,7 +135,7 @@ class SampleReader:
     def _encode(self, shard: str, key: str, view: str, caption: str | bytes) -> Tensor:
         if isinstance(caption, bytes):
             return decode_vector(caption)
-        if self.embeddings is not None:
+        if isinstance(self.embeddings, StoreGroup):
             row = getattr(self.embeddings.lookup(shard, key, {view: caption}), view)
             return row.float()
         return self.tokenizer(caption)[0]

@@ -1,0 +1,116 @@
+"""Knows how many samples each shard holds: from a ``sizes.json`` beside it, as OpenCLIP's, or from counting.
+
+What was counted is written to that file, so that only the first start counts. A shard that is newer than its
+``sizes.json``, whoever wrote that, is counted again. A change that keeps an old date is noticed when the shard is read:
+it then ends before the recorded number of samples, or goes on after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+
+import fsspec
+from tqdm import tqdm
+
+from jettclip.data.counts import DataError, Tally
+from jettclip.data.streams import is_local, read_shard
+
+FILE = "sizes.json"
+
+
+def sizes_of(urls: Iterable[str]) -> dict[str, int]:
+    """Returns the samples of each shard, and records those that had to be counted beside their shards.
+
+    A folder that cannot be written to costs no more than counting again at the next start.
+
+    Raises:
+        DataError: if a ``sizes.json`` cannot be read.
+    """
+    urls = list(dict.fromkeys(urls))
+    recorded = {folder: _recorded(folder) for folder in {_folder(url) for url in urls}}
+    sizes = {url: recorded[_folder(url)].get(os.path.basename(url)) for url in urls}
+    known = {url: size for url, size in sizes.items() if size is not None}
+    to_count = [url for url in urls if url not in known]
+    remote = sum(not is_local(url) for url in to_count)
+    if remote:
+        logging.warning(
+            f"Counting the samples of {remote} remote shards, which reads each of them once; to save that, put a "
+            'sizes.json beside them ({"000000.tar": 1000, ...}), or give --dataset-resampled and --train-num-samples'
+        )
+    counted = _count(to_count)
+    new: dict[str, dict[str, int]] = defaultdict(dict)
+    for url, size in counted.items():
+        if is_local(url) and size:  # a recorded 0 would keep the shard from ever being opened, whatever it holds later
+            new[_folder(url)][os.path.basename(url)] = size
+    for folder, found in new.items():
+        _record(folder, recorded[folder] | found, len(found))
+    return known | counted
+
+
+def _folder(url: str) -> str:
+    return os.path.dirname(url.removeprefix("file:") if is_local(url) else url)
+
+
+def _count(urls: list[str]) -> dict[str, int]:
+    """Counts samples by reading tar headers, on all cores where there is enough to do."""
+    if len(urls) < 16:
+        return {url: _count_one(url) for url in urls}
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        counts = tqdm(
+            pool.map(_count_one, urls, chunksize=4), "counting samples", len(urls), unit="shard", disable=None
+        )
+        return dict(zip(urls, counts, strict=True))
+
+
+def _count_one(url: str) -> int:
+    return sum(1 for _ in read_shard(url, frozenset(), Tally()))
+
+
+def _recorded(folder: str) -> dict[str, int]:
+    """Reads a ``sizes.json``, samples by shard name, if there is one; leaves out local shards that are newer."""
+    if folder.startswith("pipe:"):
+        return {}
+    path, local = os.path.join(folder, FILE), is_local(folder)
+    try:
+        with open(path, encoding="utf-8") if local else fsspec.open(path, "r", encoding="utf-8") as stream:
+            sizes = {name: int(size) for name, size in json.load(stream).items()}
+            if not local:
+                return sizes
+            written = os.fstat(stream.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f'{path} is not {{"000000.tar": 1000, ...}}, samples by shard: {error}; mend it, or delete it to have '
+            "them counted"
+        ) from error
+    return {name: size for name, size in sizes.items() if not _is_newer(os.path.join(folder, name), written)}
+
+
+def _is_newer(path: str, time: int) -> bool:
+    try:
+        return os.stat(path).st_mtime_ns > time
+    except OSError:
+        return False
+
+
+def _record(folder: str, sizes: Mapping[str, int], counted: int) -> None:
+    """Writes a ``sizes.json``, if the folder lets us."""
+    path = os.path.join(folder, FILE)
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as stream:
+            json.dump(dict(sorted(sizes.items())), stream, indent=1)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        logging.info(f"Counted {counted} shards; every start will, since {path} cannot be written: {error}")
+    else:
+        logging.info(f"Counted {counted} shards, and wrote their sizes to {path}")
