@@ -92,13 +92,15 @@ def trainer_help() -> str:
 def build_hf_text_tower(text_cfg: dict[str, Any], embed_dim: int) -> HFTextEncoder:
     """Builds a text tower of transformers from the ``text_cfg`` of a model config."""
     options = CLIPTextCfg(**text_cfg)
-    return HFTextEncoder(
+    tower = HFTextEncoder(
         options.hf_model_name,
         output_dim=embed_dim,
         proj_type=options.hf_proj_type,
         pooler_type=options.hf_pooler_type,
         pretrained=options.hf_model_pretrained,
     )
+    tower.context_length = options.context_length  # as native towers have it
+    return tower
 
 
 def keep_uint8(transform: Callable[..., Tensor]) -> Callable[..., Tensor]:

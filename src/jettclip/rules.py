@@ -11,6 +11,9 @@ Rules = list[tuple[object, str]]
 
 PRECISIONS = {"fp32": "fp32", "amp": "amp", "amp_bf16": "amp_bf16", "amp_bfloat16": "amp_bf16"}
 
+TRACKERS = ("tensorboard", "wandb")
+"""What ``--report-to`` may name."""
+
 MOBILECLIP_FLAGS = {
     "dataset-reinforcement": "stored augmentation is not there yet; store one teacher row an image, for --features",
     "dataset-reinforcement-config": "stored augmentation is not there yet; leave it out",
@@ -31,13 +34,18 @@ MOBILECLIP_FLAGS = {
 def range_rules(args: Namespace) -> Rules:
     """Returns the rules for single flags of OpenCLIP's, each with whether it is broken."""
     least = {"batch_size": 1, "epochs": 1, "workers": 0, "warmup": 0, "log_every_n_steps": 1}
-    unknown = sorted(set(trackers(args)) - {"tensorboard", "wandb"})
+    unknown = sorted(set(trackers(args)) - set(TRACKERS))
     return [
         *(
             (getattr(args, name) < bound, f"{flag_of(name)} {getattr(args, name)} must be at least {bound}")
             for name, bound in least.items()
         ),
         (args.lr is not None and args.lr <= 0, f"--lr {args.lr} must be positive, such as 5e-4"),
+        (args.wd < 0, f"--wd {args.wd} must be positive, or 0 for no weight decay"),
+        (
+            args.grad_clip_norm is not None and args.grad_clip_norm <= 0,
+            f"--grad-clip-norm {args.grad_clip_norm} must be positive, such as 1; leave it out for no clipping",
+        ),
         (
             args.lr_scheduler not in ("cosine", "const", "const-cooldown"),
             f"--lr-scheduler {args.lr_scheduler!r} is not one of cosine, const, const-cooldown",
@@ -60,6 +68,18 @@ def combination_rules(args: Namespace, data: DataSettings) -> Rules:
         (
             args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None,
             "--lr-scheduler const-cooldown needs --epochs-cooldown, the epochs to cool down for",
+        ),
+        (
+            args.epochs_cooldown is not None and not 0 <= args.epochs_cooldown <= args.epochs,
+            f"--epochs-cooldown {args.epochs_cooldown} must be part of the run, 0 to --epochs {args.epochs}",
+        ),
+        (
+            args.report_to and is_unlogged(args),
+            f"--report-to {args.report_to} writes into the folder of the run; give --logs a folder",
+        ),
+        (
+            args.resume == "latest" and (is_unlogged(args) or not args.name),
+            "--resume latest looks into the folder of the run, which must be known; give --name, and --logs a folder",
         ),
         (
             args.train_data_upsampling_factors and not args.dataset_resampled,
@@ -114,10 +134,15 @@ def unsupported_flags(args: Namespace) -> Rules:
     ]
 
 
+def is_unlogged(args: Namespace) -> bool:
+    """Tells whether the run has no folder, by ``--logs none``."""
+    return str(args.logs).lower() == "none"
+
+
 def trackers(args: Namespace) -> list[str]:
     """Returns the trackers that ``--report-to`` names."""
     names = [name.strip() for name in args.report_to.split(",") if name.strip()]
-    return ["tensorboard", "wandb"] if "all" in names else names
+    return list(TRACKERS) if "all" in names else names
 
 
 def flag_of(name: str) -> str:

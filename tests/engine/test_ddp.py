@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from jettclip.engine.base import Student
@@ -178,12 +179,35 @@ def test_a_restored_engine_goes_on_identically(precision: str) -> None:
     assert other.scaler.state_dict() == engine.scaler.state_dict()
 
 
-def test_an_engine_without_optimizer_restores_and_evaluates() -> None:
-    engine = engine_of()
-    take_steps(engine, 1)
+def test_the_promise_of_a_static_graph_reaches_torch() -> None:
+    for promised in (False, True):
+        assert run_ranks(1, lambda promised=promised: engine_of(static_graph=promised).model.static_graph) == [promised]
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), BatchNormAct2d(3, act_layer=nn.GELU)])
+
+
+def synced_norms() -> list[str]:
     student = student_of("clip@long")
-    evaluating = DDPEngine(student, None, CPU)
-    evaluating.load_state_dict(engine.state_dict())
-    image, short, long, _ = batch_of()
-    with torch.no_grad():
-        torch.testing.assert_close(evaluating.model(image, short, long), engine.model(image, short, long))
+    student.towers.visual = Normed()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):  # torch's own rule
+        DDPEngine(student, optimizer, CPU, sync_batch_norm=True)
+    plain, with_activation = student.towers.visual.norms
+    assert {id(p) for p in student.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    return [type(plain).__name__, type(with_activation).__name__, type(with_activation.act).__name__]
+
+
+def test_batch_statistics_are_shared_by_norms_with_and_without_activation() -> None:
+    assert run_ranks(1, synced_norms) == [["SyncBatchNorm", "SyncBatchNormAct", "GELU"]]
+
+
+def test_what_is_called_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    # to compile it for real takes half a minute
+    compiled = nn.Identity()
+    monkeypatch.setattr(torch, "compile", lambda model: compiled if isinstance(model, Student) else None)
+    assert engine_of(compile_model=True).model is compiled
+    assert engine_of().model is not compiled

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from jettclip.engine.base import Student
-from jettclip.engine.optimizer import create_optimizer, parameter_groups
+from jettclip.engine.optimizer import create_optimizer, optimizer_options, parameter_groups
 from jettclip.losses.factory import create_loss
 from jettclip.models.config import FOLDER
 from jettclip.models.factory import create_model
@@ -74,9 +74,7 @@ def test_frozen_parameters_are_left_out() -> None:
 
 
 def test_adamw_is_torchs_with_the_given_options() -> None:
-    optimizer = create_optimizer(
-        tiny_student(), "adamw", lr=3e-4, weight_decay=0.2, beta1=0.9, beta2=0.98, eps=1e-6, momentum=0.5
-    )
+    optimizer = create_optimizer(tiny_student(), "adamw", lr=3e-4, weight_decay=0.2, beta1=0.9, beta2=0.98, eps=1e-6)
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.2]
     for group in optimizer.param_groups:
@@ -86,17 +84,18 @@ def test_adamw_is_torchs_with_the_given_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "cls", "expected"),
+    ("name", "cls", "given", "expected"),
     [
-        ("timm/sgd", "SGD", {"momentum": 0.5}),
-        ("timm/lion", "Lion", {"betas": (0.9, 0.98)}),
-        ("timm/adamw", "AdamW", {"betas": (0.9, 0.98), "eps": 1e-6}),
+        ("timm/sgd", "SGD", {"momentum": 0.5}, {"momentum": 0.5}),
+        ("timm/lion", "Lion", {"beta1": 0.8, "beta2": 0.9}, {"betas": (0.8, 0.9)}),
+        ("timm/AdamW", "AdamW", {"beta1": 0.8, "beta2": 0.9, "eps": 1e-5}, {"betas": (0.8, 0.9), "eps": 1e-5}),
+        ("AdamW", "AdamW", {"eps": 1e-5}, {"eps": 1e-5}),  # OpenCLIP takes any case
     ],
 )
-def test_timms_optimizers_go_by_their_names(name: str, cls: str, expected: dict[str, object]) -> None:
-    optimizer = create_optimizer(
-        tiny_student(), name, lr=3e-4, weight_decay=0.2, beta1=0.9, beta2=0.98, eps=1e-6, momentum=0.5
-    )
+def test_optimizers_go_by_their_names(
+    name: str, cls: str, given: dict[str, float], expected: dict[str, object]
+) -> None:
+    optimizer = create_optimizer(tiny_student(), name, lr=3e-4, weight_decay=0.2, **given)
     assert type(optimizer).__name__ == cls
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.2]
     for group in optimizer.param_groups:
@@ -104,6 +103,28 @@ def test_timms_optimizers_go_by_their_names(name: str, cls: str, expected: dict[
         assert expected.items() <= group.items()
 
 
-def test_an_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--opt timm/adamv: .*not found.*; use adamw, or timm/ with one of"):
-        create_optimizer(tiny_student(), "timm/adamv", lr=1e-3, weight_decay=0.0)
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("adamw", {"momentum": 0.9}, "--opt adamw has no --momentum; leave out"),
+        ("timm/adamw", {"momentum": 0.9}, "--opt timm/adamw has no --momentum; leave out"),
+        ("timm/sgd", {"eps": 1e-6}, "has no --eps;"),
+        ("timm/lion", {"eps": 1e-6, "beta1": 0.9, "beta2": 0.98}, "has no --eps;"),
+        ("timm/sgd", {"beta1": 0.9, "beta2": 0.98}, "has no --beta1 and no --beta2;"),
+        ("timm/adan", {"beta1": 0.9, "beta2": 0.98}, "has no --beta1 and no --beta2;"),  # it has three
+        ("timm/adamw", {"beta2": 0.98}, "--beta1 None and --beta2 0.98 go together; give both"),
+        ("timm/lion", {"beta1": 0.9}, "--beta1 0.9 and --beta2 None go together; give both"),
+        ("lion", {}, "--opt 'lion' is not known; give adamw, or timm/NAME such as timm/lion"),
+        ("timm/adamv", {}, "--opt timm/adamv: .*not found.*; use adamw, or timm/ with one of"),
+    ],
+)
+def test_what_an_optimizer_would_ignore_is_refused(name: str, given: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optimizer_options(name, **given)
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(tiny_student(), name, lr=1e-3, weight_decay=0.0, **given)
+
+
+def test_options_that_are_not_given_are_the_optimizers_own() -> None:
+    for name in ("adamw", "timm/sgd", "timm/lion", "timm/adan", "timm/lookahead_adamw"):
+        assert optimizer_options(name) == {}

@@ -182,6 +182,36 @@ def test_a_large_enough_batch_is_not_reported(caplog: pytest.LogCaptureFixture) 
     assert caplog.records == []
 
 
+def repeated(features: Features, distinct: int) -> Features:
+    return features._replace(image=features.image[torch.arange(len(features.image)) % distinct])
+
+
+@pytest.mark.parametrize(("distinct", "warned"), [(COMPONENTS + 1, True), (COMPONENTS + 2, False)])
+def test_a_batch_of_duplicates_is_reported_whenever_it_comes(
+    distinct: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    loss = loss_of("clip@short", torch.float32)
+    features, _ = batch_of(torch.float32)
+    loss(features)
+    assert caplog.records == []
+    for _ in range(2):
+        loss(repeated(features, distinct))
+    assert len(caplog.records) == warned
+    assert (f"whose rank is {COMPONENTS}, so the short view sees whole image features" in caplog.text) == warned
+
+
+def warnings_on_a_rank(caplog: pytest.LogCaptureFixture) -> list[str]:
+    loss_of("clip@short")(repeated(batch_of(torch.float64)[0], 2))
+    return caplog.messages
+
+
+def test_only_the_first_rank_reports(caplog: pytest.LogCaptureFixture) -> None:
+    first, *others = run_ranks(2, warnings_on_a_rank, caplog)
+    assert len(first) == 1
+    assert "--pca-scope global" in first[0]
+    assert others == [[]]
+
+
 def test_a_formula_names_its_views_and_what_it_needs_of_the_teachers() -> None:
     assert views_of("kd@long + clip@short") == ("short", "long")
     assert views_of("clip@long") == ("long",)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from jettclip import openclip
 from jettclip.models.config import FOLDER
-from jettclip.models.factory import create_model, create_model_and_transforms, get_tokenizer
+from jettclip.models.factory import create_model, create_model_and_transforms, get_tokenizer, same_tokenizer
 
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.json"))
 TINY = {
@@ -153,3 +153,54 @@ def test_token_ids_equal_openclips(name: str, length: int | None) -> None:
 def test_nano_has_no_pretrained_image_tower() -> None:
     with pytest.raises(ValueError, match="no pretrained weights; leave --pretrained-image out"):
         create_model("Nano-248", pretrained_image=True)
+
+
+def test_only_timms_image_towers_have_weights_of_their_own(tiny: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the image tower of tiny is not timm's.*; leave it out"):
+        create_model("tiny", pretrained_image=True)
+    torch.save(open_clip.create_model("tiny").state_dict(), tmp_path / "weights.pt")
+    create_model("tiny", str(tmp_path / "weights.pt"), pretrained_image=True)  # weights of the whole model go first
+
+
+@pytest.mark.parametrize("name", ["Nano-248", "ViT-B-32"])
+def test_options_reach_the_tokenizer(name: str) -> None:
+    texts = ["A  Dog &amp; a CAT"]
+    for clean in ("lower", "whitespace", "canonicalize"):
+        expected = open_clip.SimpleTokenizer(context_length=20, clean=clean)(texts)
+        assert torch.equal(get_tokenizer(name, 20, clean=clean, cache_dir="unused")(texts), expected)
+
+
+def test_the_cache_folder_reaches_tokenizers_that_are_downloaded(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny["text_cfg"]["hf_tokenizer_name"] = "someone/tokenizer"
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(open_clip.factory, "HFTokenizer", lambda source, **options: given.update(options))
+    get_tokenizer("tiny", cache_dir=str(tmp_path))
+    assert given["cache_dir"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "same"),
+    [
+        ("Nano-248", "ViT-B-32", True),
+        ("MobileCLIP2-S0-248", "ViT-L-14-336", True),
+        ("ViT-L-14-CLIPA", "ViT-L-14-CLIPA-336", True),
+        ("roberta-ViT-B-32", "roberta-ViT-B-32", True),
+        ("Nano-248", "roberta-ViT-B-32", False),
+        ("xlm-roberta-base-ViT-B-32", "roberta-ViT-B-32", False),
+        ("ViT-L-14-worldwide", "ViT-L-14-CLIPA", False),
+        ("ViT-B-32", "ViT-L-14-CLIPA", False),
+        ("ViT-B-32", "tiny", True),
+    ],
+)
+def test_models_of_one_tokenizer_are_told(name: str, other: str, same: bool, tiny: dict[str, Any]) -> None:
+    assert same_tokenizer(name, other) == same_tokenizer(other, name) == same
+
+
+@pytest.mark.parametrize(
+    "changed", [{"vocab_size": 100}, {"tokenizer_kwargs": {"clean": "whitespace"}}, {"tokenizer_mode": "clips"}]
+)
+def test_a_tokenizer_with_other_options_is_another(changed: dict[str, Any], tiny: dict[str, Any]) -> None:
+    tiny["text_cfg"] |= changed
+    assert not same_tokenizer("tiny", "ViT-B-32")

@@ -46,6 +46,21 @@ def test_it_leaves_out_views_that_a_batch_lacks() -> None:
     assert features.long is not None
 
 
+def test_it_leaves_captions_whole_if_it_cannot_tell_where_they_end() -> None:
+    model, seen = tiny_towers(), []
+
+    class OtherTower(nn.Module):  # such as transformers', which tells no context length either
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            seen.append(ids)
+            return torch.ones(len(ids), 16)
+
+    model.text = OtherTower()
+    batch = batch_of()
+    Teacher(model, "tiny")(batch)
+    assert seen[0] is batch.short_caption
+    assert seen[1] is batch.long_caption
+
+
 def test_it_introduces_itself_to_the_loss() -> None:
     model = tiny_towers(width=24)
     model.start_logit_scale(50)

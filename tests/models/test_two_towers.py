@@ -119,3 +119,14 @@ def test_captions_may_be_cropped_where_the_text_tower_allows_it(mask_padding: bo
     assert model.context_length == 32
     model.text = nn.Identity()
     assert not model.ignores_padding
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("Nano-248", True), ("ViT-B-32", True), ("ViT-L-14-CLIPA", False), ("ViT-L-14-worldwide", False)]
+)
+def test_it_is_known_whether_the_end_token_is_the_largest(name: str, told: bool) -> None:
+    with torch.device("meta"):
+        model = create_model(name, device="meta")
+    assert model.end_token_is_largest == told
+    model.text = nn.Identity()  # of a kind that says nothing about it, as transformers' towers
+    assert not model.end_token_is_largest

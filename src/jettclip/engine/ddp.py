@@ -22,7 +22,7 @@ class DDPEngine:
 
     Args:
         student: what is trained, already on `device`.
-        optimizer: over the student's parameters; None if the engine is only to evaluate.
+        optimizer: over the student's parameters.
         device: of this rank.
         precision: ``fp32``, ``amp`` (float16, with a gradient scaler) or ``amp_bf16``.
         clip_norm: gradient norm to clip to.
@@ -35,7 +35,7 @@ class DDPEngine:
     def __init__(
         self,
         student: Student,
-        optimizer: Optimizer | None,
+        optimizer: Optimizer,
         device: torch.device,
         *,
         precision: str = "fp32",
@@ -69,7 +69,6 @@ class DDPEngine:
 
     def step(self) -> float | None:
         """Updates the parameters and clears the gradients; returns the gradient norm if it is clipped."""
-        assert self.optimizer is not None, "an engine without an optimizer cannot step"
         norm = None
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -86,13 +85,12 @@ class DDPEngine:
         """Returns the states of student, optimizer and scaler."""
         return {
             "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.student.load_state_dict(state["student"])
-        if self.optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

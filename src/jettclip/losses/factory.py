@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from jettclip.losses.clip import ClipTerm
 from jettclip.losses.formula import TEACHER_TERMS, find_recipe, parse_formula
-from jettclip.losses.gather import gather_rows, is_distributed, row_offset
+from jettclip.losses.gather import gather_rows, is_distributed, is_first_rank, row_offset
 from jettclip.losses.kd import KdTerm
 from jettclip.losses.mse import MseTerm
-from jettclip.losses.pca import largest_rank, principal_components
+from jettclip.losses.pca import principal_components
 from jettclip.losses.view import Gathered, View, at_least_float32
 from jettclip.settings import LossSettings
 from jettclip.types import VIEWS, Features, LossReport, Pair, TeacherFeatures, TeacherInfo
@@ -54,7 +54,7 @@ class Loss(nn.Module):
             self.terms["kd"] = KdTerm()
         if "mse" in names:
             self.terms["mse"] = MseTerm(embed_dim, [t.width for t in self.teachers], settings.mse_projection)
-        self._warned_of_rank = False
+        self._checks_rank = is_first_rank()
 
     def forward(self, features: Features, teacher: TeacherFeatures | None = None) -> LossReport:
         """Computes the loss of this rank's rows against all ranks' rows.
@@ -106,14 +106,17 @@ class Loss(nn.Module):
         }
 
     def _coarse(self, image: Tensor) -> Tensor:
-        if self.pca_components >= largest_rank(image) and not self._warned_of_rank:
-            self._warned_of_rank = True
+        rebuilt, rank = principal_components(image, self.pca_components)
+        # to read the rank costs no wait for a GPU beyond the one that the eigendecomposition has just ended with
+        if self._checks_rank and int(rank) <= self.pca_components:
+            self._checks_rank = False
             logging.warning(
                 f"--pca-components {self.pca_components} keeps everything of {len(image)} image features of width "
-                f"{image.shape[1]}, so the short view sees whole image features; give fewer, or a larger --batch-size"
+                f"{image.shape[1]}, whose rank is {int(rank)}, so the short view sees whole image features; "
+                "give fewer, or a larger --batch-size of different images"
                 + (", or --pca-scope global" if is_distributed() and not self.pca_is_global else "")
             )
-        return principal_components(image, self.pca_components)
+        return rebuilt
 
     def _split(self, teacher: TeacherFeatures | None) -> list[tuple[dict[str, Tensor], Tensor | float]]:
         """Separates the teachers' columns, and scales the rows, perhaps stored in bfloat16, to unit length."""

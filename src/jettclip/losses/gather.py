@@ -34,6 +34,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first_rank() -> bool:
+    """Tells whether this rank is the one to speak for all."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
 def row_offset(rows: int) -> int:
     """Returns where this rank's `rows` begin among all ranks' rows."""
     return dist.get_rank() * rows if is_distributed() else 0

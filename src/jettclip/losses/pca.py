@@ -13,8 +13,11 @@ from jettclip.losses.view import at_least_float32
 GAP_FLOOR = 1e-7
 """Smallest gap between a kept and a dropped eigenvalue, as a share of the largest, that the gradient divides by."""
 
+RANK_FLOOR = 10
+"""Eigenvalues below so many roundings of the largest are noise; exact zeros came out at up to 4 in float32."""
 
-def principal_components(features: Tensor, components: int) -> Tensor:
+
+def principal_components(features: Tensor, components: int) -> tuple[Tensor, Tensor]:
     """Rebuilds features from their batch's principal components (arXiv 2403.15378, section 3.3).
 
     The features are centred, projected on the `components` leading directions of the batch, and the mean is added back;
@@ -30,21 +33,23 @@ def principal_components(features: Tensor, components: int) -> Tensor:
         components: how many to keep, at least 1; `largest_rank` or more keep everything.
 
     Returns:
-        float [n, D], all NaN if a feature is not finite.
+        float [n, D], all NaN if a feature is not finite; and the rank of the centred features, int64 0-D, which
+        duplicate rows lower: features of rank `components` or less are kept whole.
     """
     with torch.autocast(features.device.type, enabled=False):
         precise = at_least_float32(features)
         if components >= largest_rank(precise):
-            return precise
+            return precise, torch.tensor(largest_rank(precise))
         mean = precise.mean(dim=0)
         centred = precise - mean
         try:
-            return _ProjectOnComponents.apply(centred, components) + mean
+            projected, rank = _ProjectOnComponents.apply(centred, components)
+            return projected + mean, rank
         except RuntimeError:
             if bool(centred.isfinite().all()):
                 raise
             # eigh refuses NaN, for a wrong reason; passed on, it reaches all ranks, and the trainer names the samples
-            return centred * torch.nan
+            return centred * torch.nan, torch.tensor(largest_rank(precise))
 
 
 def largest_rank(features: Tensor) -> int:
@@ -68,17 +73,20 @@ class _ProjectOnComponents(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, components: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, components: int) -> tuple[Tensor, Tensor]:
         tall = x.shape[0] >= x.shape[1]
         eigenvalues, vectors = torch.linalg.eigh(x.T @ x if tall else x @ x.T)  # ascending
         kept = vectors[:, -components:]
         ctx.save_for_backward(x, eigenvalues, vectors)
         ctx.components, ctx.tall = components, tall
-        return (x @ kept) @ kept.T if tall else kept @ (kept.T @ x)
+        noise = RANK_FLOOR * torch.finfo(x.dtype).eps * eigenvalues[-1]
+        rank = len(eigenvalues) - (eigenvalues <= noise).sum()  # of NaN, all: that is no lack of rank
+        ctx.mark_non_differentiable(rank)
+        return ((x @ kept) @ kept.T if tall else kept @ (kept.T @ x)), rank
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:
         x, eigenvalues, vectors = ctx.saved_tensors
         kept, dropped = vectors[:, -ctx.components :], vectors[:, : -ctx.components]
         floor = torch.finfo(x.dtype).tiny + GAP_FLOOR * eigenvalues[-1].clamp(min=0)

@@ -71,9 +71,3 @@ def load_weights(model: TwoTowers, path: Path) -> None:
         shown = "\n  ".join(misfits[:20]) + (f"\n  ... and {len(misfits) - 20} more" if len(misfits) > 20 else "")
         raise ValueError(f"{path} does not fit the model, {len(misfits)} keys differ:\n  {shown}")
     model.load_state_dict(state)
-
-
-def exported_state(model: TwoTowers) -> dict[str, Tensor]:
-    """Returns the weights as OpenCLIP's ``CustomTextCLIP`` loads them: the logit scale is 0-D."""
-    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-    return {**state, "logit_scale": state["logit_scale"].reshape(())}

@@ -46,9 +46,10 @@ def create_model(
         pretrained: a checkpoint file or folder, or a tag of OpenCLIP's. Text positions for fewer tokens than the model
             has are stretched by Long-CLIP's rule.
         device: where to put the model.
+        pretrained_image: start a timm image tower from timm's own weights, unless there are weights of the whole model.
 
     Raises:
-        ValueError: for a name, tag or checkpoint that does not fit.
+        ValueError: for a name, tag or checkpoint that does not fit, or image weights that do not exist.
     """
     config = get_model_config(model_name)
     vision_cfg, text_cfg = dict(config.vision_cfg), dict(config.text_cfg)
@@ -95,19 +96,32 @@ def create_model_and_transforms(
     return model, train, openclip.image_transform_v2(preprocess, is_train=False)
 
 
-def get_tokenizer(model_name: str, context_length: int | None = None, **options: Any) -> Callable[..., Tensor]:
+def get_tokenizer(
+    model_name: str, context_length: int | None = None, *, cache_dir: str | None = None, **options: Any
+) -> Callable[..., Tensor]:
     """Returns a model's tokenizer: texts to token ids int64 [n, L], padded with 0, cut to L with the end token last.
 
     Args:
         model_name: one of `list_models`.
         context_length: L; the model's by default.
-        options: passed on to OpenCLIP's tokenizer.
+        cache_dir: where a tokenizer of transformers is kept.
+        options: passed on to OpenCLIP's tokenizer, such as ``clean="whitespace"``.
     """
     config = get_model_config(model_name)
     if config.name in openclip.list_models():
-        return openclip.get_tokenizer(config.name, context_length=context_length, **options)
+        return openclip.get_tokenizer(config.name, context_length=context_length, cache_dir=cache_dir, **options)
     length = context_length or config.text_cfg["context_length"]
-    return openclip.SimpleTokenizer(context_length=length, **config.text_cfg.get("tokenizer_kwargs", {}))
+    return openclip.SimpleTokenizer(context_length=length, **{**config.text_cfg.get("tokenizer_kwargs", {}), **options})
+
+
+def same_tokenizer(model_name: str, other: str) -> bool:
+    """Tells whether two models read the same token ids, but for the length to which each cuts its captions.
+
+    Tokenizers of different names count as different, even where their vocabularies are copies of one another.
+    """
+    ours, theirs = (openclip.CLIPTextCfg(**get_model_config(name).text_cfg) for name in (model_name, other))
+    keys = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "vocab_size")
+    return all(getattr(ours, key) == getattr(theirs, key) for key in keys)
 
 
 def find_weights(config: ModelConfig, pretrained: str, cache_dir: str | None = None) -> tuple[Path, dict[str, Any]]:
@@ -140,6 +154,11 @@ def find_weights(config: ModelConfig, pretrained: str, cache_dir: str | None = N
 
 def _build(config: ModelConfig, preprocess_cfg: dict[str, Any], pretrained_image: bool) -> TwoTowers:
     vision_cfg = openclip.CLIPVisionCfg(**config.vision_cfg)
+    if pretrained_image and not vision_cfg.timm_model_name:
+        raise ValueError(
+            f"--pretrained-image: the image tower of {config.name} is not timm's, the only one with weights of its "
+            "own; leave it out, and give --pretrained for weights of the whole model"
+        )
     vision_cfg.timm_model_pretrained = pretrained_image
     preprocess = openclip.PreprocessCfg(**preprocess_cfg)
     text: nn.Module

@@ -17,7 +17,7 @@ class Teacher(nn.Module):
     """A frozen model, always in evaluation mode.
 
     It reads the student's own batches: uint8 images of its own size, which it normalises by its own statistics, and
-    token ids of the same tokenizer, which it cuts to its own context.
+    token ids of the same tokenizer, which it cuts to its own context if it can tell where they end.
 
     Args:
         model: the model.
@@ -55,9 +55,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> TeacherFeatures:
         """Embeds a batch with unit-length rows."""
-        short, long = (
-            None if ids is None else truncate_captions(ids, self.model.context_length)
-            for ids in (batch.short_caption, batch.long_caption)
-        )
-        features = self.model(batch.image, short, long)
+        captions = [batch.short_caption, batch.long_caption]
+        if self.model.end_token_is_largest:
+            captions = [ids if ids is None else truncate_captions(ids, self.model.context_length) for ids in captions]
+        features = self.model(batch.image, *captions)
         return TeacherFeatures(features.image, features.short, features.long)

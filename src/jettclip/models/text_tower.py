@@ -45,7 +45,7 @@ class TextTower(TextTransformer):
         self.causal = self.attn_mask is not None
         self.mask_padding = mask_padding and not self.causal
         if self.mask_padding:
-            if self.pool_type != "argmax" or self.cls_emb is not None:
+            if not self.end_token_is_largest or self.cls_emb is not None:
                 raise ValueError(
                     f"mask_padding needs pool_type 'argmax', the end token's place, not {self.pool_type!r}"
                 )
@@ -58,9 +58,14 @@ class TextTower(TextTransformer):
             self.init_parameters()
 
     @property
+    def end_token_is_largest(self) -> bool:
+        """Whether the end token is the one of the largest id, as in CLIP's own vocabulary."""
+        return bool(self.pool_type == "argmax")
+
+    @property
     def ignores_padding(self) -> bool:
         """Whether a caption's embedding is the same however far it is padded, so that batches may be cropped."""
-        return (self.causal or self.mask_padding) and self.pool_type == "argmax" and self.cls_emb is None
+        return (self.causal or self.mask_padding) and self.end_token_is_largest and self.cls_emb is None
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Stops training the tower, but for its last layers.
@@ -102,7 +107,10 @@ def build_text_tower(config: dict[str, Any], embed_dim: int, quick_gelu: bool, m
 
 
 def truncate_captions(token_ids: Tensor, length: int) -> Tensor:
-    """Cuts captions [b, L] to [b, length], the end token last, as the tokenizer would have done."""
+    """Cuts captions [b, L] to [b, length], the end token last, as the tokenizer would have done.
+
+    The end token is told by its id, the largest; see ``TwoTowers.end_token_is_largest``.
+    """
     if token_ids.shape[1] <= length:
         return token_ids
     cut = token_ids[:, :length].clone()

@@ -56,6 +56,11 @@ class TwoTowers(nn.Module):
         return getattr(self.text, "ignores_padding", False)
 
     @property
+    def end_token_is_largest(self) -> bool:
+        """Whether a caption's end token has its largest id, so that `truncate_captions` finds it."""
+        return getattr(self.text, "end_token_is_largest", False)
+
+    @property
     def context_length(self) -> int:
         """The longest caption, in tokens."""
         return int(self.text.context_length)
