@@ -51,7 +51,7 @@ python "$root/scripts/extract_features.py" --data "$train" --store teacher --mod
     --pretrained "$teacher" --batch-size 100 --workers 1
 
 say "4/6 training the student, from the stored features"
-# jettclip starts from S = 100, meant for a pretrained student; one that starts from nothing needs CLIP's own start
+# the preset starts from S = 100, meant for pretrained weights; without them, CLIP's own start
 train student --loss jettclip --features teacher --logit-scale-init 14.3 "$@"
 
 say "5/6 training the same student without the teacher"

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +17,14 @@ import yaml
 from safetensors.torch import load_file
 
 from jettclip import main as main_module
+from jettclip.checkpoint import save_checkpoint
 from jettclip.main import main
+from jettclip.models import config
+from jettclip.models.two_towers import TwoTowers
 from jettclip.report import METRICS, read_metrics
 from support import sample, write_shard, write_shards
+
+CONFIGS = config.FOLDER
 
 TINY = {
     "embed_dim": 16,
@@ -32,10 +40,6 @@ TINY = {
 @pytest.fixture(autouse=True)
 def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Adds the model Tiny, and puts logging back."""
-    import logging
-
-    from jettclip.models import config
-
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "Tiny.json").write_text(json.dumps(TINY))
@@ -146,6 +150,35 @@ def test_evaluation_alone_gives_the_metrics_of_the_training(data: Path) -> None:
     assert {k: v for k, v in alone.items() if k != "step"} == {k: v for k, v in during.items() if k != "step"}
 
 
+def test_an_evaluation_of_a_run_adds_to_its_metrics_and_leaves_its_config(data: Path) -> None:
+    assert main(flags(data, "a", epochs=2)) == 0
+    before, config = read_metrics(data / "logs/a" / METRICS), (data / "logs/a/config.yaml").read_text()
+    assert main([*flags(data, "a", **{"train-data": None}), "--resume", "latest"]) == 0
+    after = read_metrics(data / "logs/a" / METRICS)
+    assert after == [*before, before[-1]]  # the last line is the evaluation after the last epoch, once more
+    assert (data / "logs/a/config.yaml").read_text() == config
+
+
+def test_an_evaluation_without_weights_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(data, "a", **{"train-data": None})) == 1
+    assert "no weights to evaluate" in capsys.readouterr().err
+
+
+def test_checkpoints_are_written_as_often_as_asked_and_the_previous_deleted(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+
+    def save(folder: Path, *arguments: Any) -> None:
+        save_checkpoint(folder, *arguments)
+        saved.append(sorted(path.name for path in folder.iterdir()))
+
+    monkeypatch.setattr(main_module, "save_checkpoint", save)
+    assert main([*flags(data, "a", epochs=3), "--delete-previous-checkpoint"]) == 0
+    assert saved == [["epoch_1"], ["epoch_1", "epoch_2"], ["epoch_2", "epoch_3"]]  # before the previous one goes
+    assert [path.name for path in (data / "logs/a/checkpoints").iterdir()] == ["epoch_3"]
+
+
 def test_dropped_samples_are_reported_with_the_metrics(data: Path) -> None:
     broken = [sample(100 + i, png=b"no picture", long_caption="a", short_caption="b") for i in range(2)]
     write_shard(data / "train" / "000001.tar", [*(sample(i) for i in range(20, 30)), *broken])
@@ -168,14 +201,23 @@ def test_nothing_is_written_without_logs(data: Path, monkeypatch: pytest.MonkeyP
     assert not (data / "none").exists()
 
 
-@pytest.mark.parametrize("flag", ["--lock-image", "--lock-text", "--grad-checkpointing", "--ddp-static-graph"])
-def test_switches_of_openclip_reach_the_model(flag: str, data: Path) -> None:
-    assert main([*flags(data, "a", epochs=1, **{"val-data": None}), flag]) == 0
-    assert len(losses(data, "a")) == 3
+@pytest.mark.parametrize(("flag", "locked"), [("--lock-image", "visual."), ("--lock-text", "text.")])
+def test_a_locked_tower_stays_as_it_is(flag: str, locked: str, data: Path) -> None:
+    assert main([*flags(data, "a", epochs=2, **{"val-data": None}), flag, "--lock-image-freeze-bn-stats"]) == 0
+    first, last = (load_file(data / f"logs/a/checkpoints/epoch_{epoch}/model.safetensors") for epoch in (1, 2))
+    changed = {name.split(".")[0] + "." for name in first if not torch.equal(first[name], last[name])}
+    assert changed == {"visual.", "text.", "logit_scale."} - {locked}
 
 
-def test_torchrun_trains_on_two_ranks_like_one_with_twice_the_batch(data: Path) -> None:
-    # `--logs` and `--name` after `--` reach the program: torchrun would take --logs for a flag of its own
+def test_gradient_checkpointing_is_switched_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    switched: list[object] = []
+    monkeypatch.setattr(TwoTowers, "set_grad_checkpointing", lambda self: switched.append(self))
+    assert main([*flags(data, "a", epochs=1, **{"val-data": None}), "--grad-checkpointing"]) == 0
+    assert len(switched) == 1
+
+
+def test_torchrun_trains_on_two_ranks_and_evaluates_the_model_that_is_saved(data: Path) -> None:
+    # --logs after -- reaches the program: torchrun would take it for a flag of its own
     arguments = flags(data, "two", **{"batch-size": 4, "epochs": 1, "model": "Nano-248", "pca-scope": "global"})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
     command += ["jettclip.main", *arguments]
@@ -183,7 +225,40 @@ def test_torchrun_trains_on_two_ranks_like_one_with_twice_the_batch(data: Path) 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (data / "logs" / "two" / "out.log").exists()
-    lines = metrics(data, "two")
-    assert len(lines) == 3
-    assert metrics(data, "two", "val")[0]["samples"] == 12
-    assert all(line["loss"] > 0 for line in lines)
+    assert len(metrics(data, "two")) == 3
+    during = metrics(data, "two", "val")[0]
+    assert during["samples"] == 12
+
+    shutil.copy(CONFIGS / "Nano-248.json", data / "configs")
+    config._ours.cache_clear()
+    alone = flags(data, "alone", **{"train-data": None, "model": "Nano-248"})
+    assert main([*alone, f"--pretrained={data}/logs/two/checkpoints/epoch_1"]) == 0
+    after = metrics(data, "alone", "val")[0]
+    assert {k: v for k, v in after.items() if k != "step"} == {k: v for k, v in during.items() if k != "step"}
+
+
+def test_ctrl_c_ends_the_run_and_says_how_to_go_on(data: Path) -> None:
+    arguments = flags(data, "a", **{"model": "Nano-248", "epochs": 500, "workers": 1})
+    command = [sys.executable, "-m", "jettclip.main", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        shown = ""
+        while "epoch 2 step 1/" not in shown:
+            shown += running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+        shown += running.stderr.read()
+        assert running.wait(60) == 130
+    assert "the same command with --name a --resume latest goes on" in shown
+    assert "Traceback" not in shown
+    assert (data / "logs/a/checkpoints/epoch_1/checkpoint.json").exists()
+
+
+def test_a_rank_that_fails_ends_the_run_on_all(data: Path) -> None:
+    write_shard(data / "bad" / "000000.tar", [sample(i, txt="only a text") for i in range(30)])
+    arguments = flags(data, "bad", **{"train-data": str(data / "bad/000000.tar"), "model": "Nano-248", "batch-size": 4})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+    done = subprocess.run(
+        [*command, "jettclip.main", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert "image is missing" in done.stderr

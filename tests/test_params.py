@@ -9,7 +9,7 @@ import yaml
 from open_clip_train.params import parse_args as openclip_parse_args
 
 from jettclip.main import find_mistakes
-from jettclip.params import is_kept, parse_args, run_folder, save_config
+from jettclip.params import is_kept, is_saved, parse_args, run_folder, save_config
 from jettclip.rules import MOBILECLIP_FLAGS
 
 # Launch lines from OpenCLIP's README and docs (github.com/mlfoundations/open_clip, v3.3).
@@ -41,7 +41,7 @@ OPENCLIP_LINES = {
     "image": """--train-data /data/{0000..0099}.tar --image-mean 0.5 0.5 0.5 --image-std 0.5 0.5 0.5
         --force-image-size 256 --image-interpolation bilinear --image-resize-mode squash""",
     "schedule": """--train-data /data/{0000..0099}.tar --lr-scheduler const-cooldown --epochs 10 --epochs-cooldown 2
-        --opt timm/adamp --lr 1e-3 --momentum 0.9""",
+        --opt timm/sgd --lr 1e-3 --momentum 0.9""",
 }
 
 # MobileCLIP's run_datacompdr12m.sh (github.com/apple/ml-mobileclip-dr), without the launcher's part.
@@ -114,6 +114,9 @@ def test_all_mistakes_are_shown_at_once(capsys: pytest.CaptureFixture[str]) -> N
         (["--max-drop-rate", "5"], "between 0 and 1"),
         (["--lr-scheduler", "linear"], "cosine"),
         (["--batch-size", "0"], "at least 1"),
+        (["--opt", "lion"], "timm/lion"),
+        (["--resume", "latest"], "--name"),
+        (["--text-embeddings", "members"], "no model reads stored embeddings yet"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(
@@ -191,10 +194,20 @@ def test_the_run_folder_is_named_or_made_of_the_settings(tmp_path: Path) -> None
     assert run_folder(parse_args(["--train-data", "x.tar", "--logs", "None"]).args, "today") is None
 
 
-def test_which_checkpoints_are_kept() -> None:
-    args = parse_args(["--train-data", "x.tar", "--epochs", "6", "--save-frequency", "2"]).args
-    assert [epoch for epoch in range(1, 7) if is_kept(args, epoch)] == [2, 4, 6]
+def test_which_checkpoints_are_written_and_which_stay() -> None:
+    args = parse_args(["--train-data", "x.tar", "--epochs", "5", "--save-frequency", "2"]).args
+
+    def written_and_kept() -> tuple[list[int], list[int]]:
+        written = [epoch for epoch in range(1, 6) if is_saved(args, epoch)]
+        return written, [epoch for epoch in written if is_kept(args, epoch)]
+
+    assert written_and_kept() == ([2, 4, 5], [2, 4])
     args.delete_previous_checkpoint = True
-    assert [epoch for epoch in range(1, 7) if is_kept(args, epoch)] == [6]
+    assert written_and_kept() == ([2, 4, 5], [])
+    args.save_most_recent = True
+    assert written_and_kept() == ([1, 2, 3, 4, 5], [])
+    args.delete_previous_checkpoint = False
+    assert written_and_kept() == ([1, 2, 3, 4, 5], [2, 4])
     args.save_frequency = 0
-    assert [epoch for epoch in range(1, 7) if is_kept(args, epoch)] == [6]
+    args.save_most_recent = False
+    assert written_and_kept() == ([5], [])

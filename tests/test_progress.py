@@ -63,8 +63,8 @@ def test_counts_of_the_epoch_are_reported_by_reason() -> None:
 def test_more_drops_than_allowed_stop_the_run_after_the_epoch() -> None:
     progress, _ = follow(0, [1, 1, 1], every=1, dropped=1)  # 3 of 9
     with pytest.raises(DataError, match=r"3 of 9 samples were dropped \(image is missing 3\)"):
-        progress.check_losses()
-    follow(0, [1, 1, 1], every=1)[0].check_losses()
+        progress.check_drops()
+    follow(0, [1, 1, 1], every=1)[0].check_drops()
 
 
 def test_ranks_agree_on_means_and_totals() -> None:

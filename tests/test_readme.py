@@ -32,7 +32,7 @@ def test_the_table_of_presets_is_true() -> None:
 def test_files_and_models_that_it_names_are_there() -> None:
     for path in re.findall(r"(?<![\w/])(?:configs|scripts|docs|src)/[\w./-]+\w", README):
         assert (ROOT / path).exists(), path
-    models = re.search(r"^Models: (.*?), and every", README, re.M | re.S)
+    models = re.search(r"^Models: (.*?), and those", README, re.M | re.S)
     assert models is not None
     prefix, named = "", set()
     for name in re.findall(r"`([^`]+)`", models[1]):

@@ -1,4 +1,7 @@
-"""Builds the parts of a run from its options: models, loaders, evaluator, optimizer, schedule, reporter."""
+"""Builds the parts of a run from its options: models, loaders, evaluator, optimizer, schedule, reporter.
+
+This is the other half of `main`: nobody else sees the parsed arguments.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,19 @@ from jettclip.evaluate.runner import Evaluator
 from jettclip.evaluate.zero_shot import imagenet_folder, zero_shot_metrics
 from jettclip.losses.factory import Loss, teacher_parts_of, views_of
 from jettclip.losses.formula import find_recipe
-from jettclip.models.factory import Transform, create_model, create_model_and_transforms, get_tokenizer
+from jettclip.models.factory import (
+    Transform,
+    create_model,
+    create_model_and_transforms,
+    get_tokenizer,
+    same_tokenizer,
+)
 from jettclip.models.teacher import Teacher
 from jettclip.models.two_towers import TwoTowers
-from jettclip.params import Options
+from jettclip.params import Options, all_settings
 from jettclip.report import Reporter
 from jettclip.rules import trackers
+from jettclip.types import VIEWS
 
 
 class Place(NamedTuple):
@@ -74,10 +84,20 @@ def build_teacher(args: Namespace, student: TwoTowers, place: Place) -> Teacher 
     if not args.distill_model:
         return None
     model = create_model(args.distill_model, args.distill_pretrained, device=place.device, cache_dir=args.cache_dir)
+    found = []
     sizes = [towers.preprocess_cfg["size"] for towers in (model, student)]
     if sizes[0] != sizes[1]:
+        found.append(f"takes images of {sizes[0]} pixels, not of {sizes[1]}")
+    pixels = [torch.cat([towers.mean, towers.std]) for towers in (model, student)]
+    if args.aug_cfg.get("use_timm") and not torch.equal(*pixels):
+        found.append("has another mean and std than those by which timm's augmentation normalises")
+    if not same_tokenizer(args.distill_model, args.model):
+        found.append("has another tokenizer")
+    elif model.context_length < student.context_length and not model.end_token_is_largest:
+        found.append(f"reads {model.context_length} tokens only, and where a caption ends cannot be told from its ids")
+    if found:
         raise ValueError(
-            f"--distill-model {args.distill_model} takes images of {sizes[0]} pixels, {args.model} of {sizes[1]}; "
+            f"--distill-model {args.distill_model} cannot read the batches of {args.model}: it {', and '.join(found)}; "
             "extract its features with scripts/extract_features.py and train with --features"
         )
     return Teacher(model, args.distill_model)
@@ -95,7 +115,7 @@ def build_train_loader(
         options.data,
         args.train_data,
         transform,
-        get_tokenizer(args.model, args.force_context_length),
+        get_tokenizer(args.model, args.force_context_length, cache_dir=args.cache_dir),
         is_train=True,
         batch_size=args.batch_size,
         views=views_of(formula),
@@ -118,7 +138,11 @@ def build_train_loader(
 def build_evaluator(options: Options, model: TwoTowers, transform: Transform, place: Place) -> Evaluator:
     """Builds what ``--val-data`` and ``--imagenet-val`` ask for."""
     args, device = options.args, place.device
-    tokenizer = get_tokenizer(args.model, args.force_context_length)
+    if options.evaluation.val_truncate and not model.end_token_is_largest:
+        raise ValueError(
+            f"--val-truncate: where captions of {args.model} end cannot be told from token ids; leave it out"
+        )
+    tokenizer = get_tokenizer(args.model, args.force_context_length, cache_dir=args.cache_dir)
     autocast = openclip.get_autocast(args.precision, device_type=device.type)
     evaluator = Evaluator(
         device,
@@ -128,9 +152,9 @@ def build_evaluator(options: Options, model: TwoTowers, transform: Transform, pl
         truncate=options.evaluation.val_truncate,
     )
     if args.val_data:
-        has_short = options.data.short_caption_policy != "none" or "short" in views_of(
-            find_recipe(options.loss).formula
-        )
+        views = set(views_of(find_recipe(options.loss).formula)) | {"long"}
+        if options.data.short_caption_policy != "none":  # else a sample without a short caption would be dropped
+            views.add("short")
         evaluator.val = get_wds_dataset(
             replace(options.data, features=""),
             args.val_data,
@@ -138,7 +162,7 @@ def build_evaluator(options: Options, model: TwoTowers, transform: Transform, pl
             tokenizer,
             is_train=False,
             batch_size=args.batch_size,
-            views=("short", "long") if has_short else ("long",),
+            views=[view for view in VIEWS if view in views],
             crop_captions=model.ignores_padding,
             num_samples=args.val_num_samples,
             workers=args.workers,
@@ -207,14 +231,14 @@ def build_schedule(args: Namespace, optimizer: Optimizer, epoch_steps: int) -> C
     return schedule
 
 
-def build_reporter(options: Options, folder: Path | None, first_step: int, place: Place) -> Reporter:
+def build_reporter(options: Options, folder: Path | None, first_step: int | None, place: Place) -> Reporter:
     """Builds the reporter of the run, which on ranks other than 0 reports nothing."""
     args = options.args
     return Reporter(
         folder if place.rank == 0 else None,
         trackers(args),
         name=args.name or (folder.name if folder else ""),
-        config=vars(args),
+        config=all_settings(options),
         project=args.wandb_project_name,
         notes=args.wandb_notes,
         first_step=first_step,

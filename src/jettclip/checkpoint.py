@@ -62,7 +62,7 @@ def save_checkpoint(folder: Path, engine: Engine, position: Position) -> Path | 
     state["random"] = random_states
 
     final = folder / f"epoch_{position.epoch}"
-    partial = folder / f".{final.name}.{os.getpid()}.partial"
+    partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / WEIGHTS).write_bytes(save(towers, {"format": "pt"}))  # save_file would deny others to read it
@@ -81,11 +81,11 @@ def save_checkpoint(folder: Path, engine: Engine, position: Position) -> Path | 
     return final
 
 
-def load_checkpoint(path: Path, engine: Engine) -> Position:
-    """Restores an engine and this rank's random state from a checkpoint; every rank must call it.
+def read_position(path: Path) -> Position:
+    """Returns how far training had come at a checkpoint.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or of another model, loss or optimizer.
+        ValueError: if it is no whole checkpoint.
     """
     manifest = _manifest(path)
     if manifest is None:
@@ -93,6 +93,16 @@ def load_checkpoint(path: Path, engine: Engine) -> Position:
             f"--resume {path} is not a whole checkpoint of jettclip (a folder with {MANIFEST}); "
             "to start from other weights, give them as --pretrained"
         )
+    return Position(manifest["epoch"], manifest["step"])
+
+
+def load_checkpoint(path: Path, engine: Engine) -> Position:
+    """Restores an engine and this rank's random state from a checkpoint; every rank must call it.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or of another model, loss or optimizer.
+    """
+    position = read_position(path)
     try:
         towers = load_file(path / WEIGHTS)
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -110,7 +120,7 @@ def load_checkpoint(path: Path, engine: Engine) -> Position:
         set_random_state(random_states[rank])
     else:
         logging.warning(f"{path} is of {len(random_states)} ranks, this run has {ranks}: random states start anew")
-    return Position(manifest["epoch"], manifest["step"])
+    return position
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

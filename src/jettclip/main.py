@@ -22,12 +22,20 @@ from jettclip.build import (
     build_teacher,
     build_train_loader,
 )
-from jettclip.checkpoint import Position, find_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from jettclip.checkpoint import (
+    Position,
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    read_position,
+    save_checkpoint,
+)
+from jettclip.engine.optimizer import optimizer_options
 from jettclip.losses.factory import create_loss, teacher_parts_of
 from jettclip.losses.formula import find_recipe
 from jettclip.models.checkpoints import load_weights
 from jettclip.models.config import get_model_config
-from jettclip.params import Options, is_kept, parse_args, run_folder, save_config
+from jettclip.params import Options, is_kept, is_saved, parse_args, run_folder, save_config
 from jettclip.report import set_up_logging
 from jettclip.seeding import seed_everything
 from jettclip.train import NonFiniteLoss, train_one_epoch
@@ -43,14 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(options, Place(torch.device(world["device"]), world["global_rank"], world["world_size"]))
     except KeyboardInterrupt:
-        logging.warning("Interrupted; the same command with --resume latest goes on from the last checkpoint")
+        name = f"--name {args.name}" if args.name else "--name RUN_FOLDER"
+        logging.warning(f"Interrupted; the same command with {name} --resume latest goes on from the last checkpoint")
         return 130
     except (ValueError, NonFiniteLoss) as error:  # what a user can cause: the message says what to change
         logging.error(error)
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        logging.debug("", exc_info=True)
+        return 1  # at once: to take leave of the process group could mean to wait for the other ranks
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 
@@ -68,10 +77,12 @@ def run(options: Options, place: Place) -> None:
     resumed = find_checkpoint(args.resume, checkpoints)
 
     if train_data is None:
+        if resumed is None and not (args.pretrained or args.pretrained_image):
+            raise ValueError("there are no weights to evaluate; give --pretrained, or --name and --resume latest")
         if resumed:
             load_weights(model, resumed)
-        with build_reporter(options, folder, 0, place) as reporter:
-            reporter.log("val", 0, evaluator.run(model))
+        with build_reporter(options, folder, None, place) as reporter:
+            reporter.log("val", read_position(resumed).step if resumed else 0, evaluator.run(model))
         return
 
     loss = create_loss(options.loss, model.embed_dim, [teacher.info] if teacher else train_data.teachers)
@@ -97,7 +108,7 @@ def run(options: Options, place: Place) -> None:
             metrics = evaluator.run(model, done.epoch, args.epochs)
             if metrics:
                 reporter.log("val", done.step, metrics)
-            if checkpoints and (args.save_most_recent or is_kept(args, done.epoch)):
+            if checkpoints and is_saved(args, done.epoch):
                 save_checkpoint(checkpoints, engine, done)
                 if place.rank == 0:
                     prune_checkpoints(checkpoints, done.epoch, keeps=lambda saved: is_kept(args, saved))
@@ -105,9 +116,13 @@ def run(options: Options, place: Place) -> None:
 
 
 def find_mistakes(options: Options) -> list[str]:
-    """Returns the mistakes that only the components can see: an unknown model, a wrong formula."""
+    """Returns the mistakes that only the components can see: an unknown model, a wrong formula or optimizer."""
     args, found = options.args, []
-    checks: list[Callable[[], object]] = [lambda: get_model_config(args.model), lambda: find_recipe(options.loss)]
+    checks: list[Callable[[], object]] = [
+        lambda: get_model_config(args.model),
+        lambda: find_recipe(options.loss),
+        lambda: optimizer_options(args.opt, beta1=args.beta1, beta2=args.beta2, eps=args.eps, momentum=args.momentum),
+    ]
     if args.distill_model:
         checks.append(lambda: get_model_config(args.distill_model))
     for check in checks:
@@ -123,6 +138,8 @@ def find_mistakes(options: Options) -> list[str]:
             found.append(
                 f"--features {options.data.features!r} goes unused by --loss {options.loss.loss!r}; try jettclip"
             )
+    if options.data.text_embeddings:
+        found.append("--text-embeddings: no model reads stored embeddings yet; leave it out")
     return found
 
 
@@ -145,8 +162,9 @@ def open_run_folder(options: Options, place: Place) -> Path | None:
         raise ValueError(f"--name {folder.name} exists in {folder.parent}; choose another, or add --resume latest")
     folder.mkdir(parents=True, exist_ok=True)
     set_up_logging(log, place.rank, args.debug)
-    if place.rank == 0:
-        save_config(options, folder / "config.yaml")
+    config = folder / "config.yaml"
+    if place.rank == 0 and (args.train_data or not config.exists()):
+        save_config(options, config)  # an evaluation of a run leaves that of its training
     return folder
 
 

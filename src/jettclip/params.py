@@ -17,7 +17,15 @@ from typing import Any, TypeVar
 import yaml
 
 from jettclip import openclip
-from jettclip.rules import MOBILECLIP_FLAGS, combination_rules, flag_of, name_of, range_rules, unsupported_flags
+from jettclip.rules import (
+    MOBILECLIP_FLAGS,
+    combination_rules,
+    flag_of,
+    is_unlogged,
+    name_of,
+    range_rules,
+    unsupported_flags,
+)
 from jettclip.settings import DataSettings, EvaluationSettings, LossSettings
 
 SETTINGS = (DataSettings, LossSettings, EvaluationSettings)
@@ -82,16 +90,23 @@ def find_problems(options: Options) -> list[str]:
 
 def save_config(options: Options, path: Path) -> None:
     """Writes all flags to a YAML file that repeats the run when given as ``--config``."""
+    given = {name: value for name, value in all_settings(options).items() if value is not None}
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+
+
+def all_settings(options: Options) -> dict[str, Any]:
+    """Returns all flags with their values, OpenCLIP's and ours."""
     values = dict(sorted(vars(options.args).items()))
     for settings in (options.data, options.loss, options.evaluation):
         values |= {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
-    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False))
+    return values
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("jettclip.main", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this message, and OpenCLIP's flags, and exit")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any flags; the command line overrides it")
+    help_config = "YAML file with any flags; the command line overrides it, but cannot unset a switch"
+    parser.add_argument("--config", metavar="FILE", help=help_config)
     for cls in SETTINGS:
         add_flags(parser, cls)
     for flag in MOBILECLIP_FLAGS:
@@ -104,7 +119,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
     group = parser.add_argument_group((cls.__doc__ or "").split(":")[0], (cls.__doc__ or "").strip())
     hints = typing.get_type_hints(cls)
     for setting in fields(cls):
-        _addflag_of(group, setting.name, hints[setting.name], setting.default, setting.metadata)
+        _add_flag(group, setting.name, hints[setting.name], setting.default, setting.metadata)
 
 
 def read_flags(cls: type[S], namespace: Namespace) -> S:
@@ -113,7 +128,7 @@ def read_flags(cls: type[S], namespace: Namespace) -> S:
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _addflag_of(group: Any, name: str, hint: Any, default: Any, metadata: Any) -> None:
+def _add_flag(group: Any, name: str, hint: Any, default: Any, metadata: Any) -> None:
     if hint is bool:
         group.add_argument(flag_of(name), action="store_true", help=metadata["help"])
         return
@@ -178,15 +193,22 @@ def run_folder(args: Namespace, date: str) -> Path | None:
 
     Returns None for ``--logs none``.
     """
-    if args.logs.lower() == "none":
+    if is_unlogged(args):
         return None
     model = args.model.replace("/", "-")
     name = args.name or f"{date}-model_{model}-lr_{args.lr}-b_{args.batch_size}-j_{args.workers}-p_{args.precision}"
     return Path(os.path.expanduser(args.logs)) / name
 
 
+def is_saved(args: Namespace, epoch: int) -> bool:
+    """Tells whether a checkpoint is written after an epoch: by ``--save-frequency``, and always after the last."""
+    return args.save_most_recent or epoch == args.epochs or _is_due(args, epoch)
+
+
 def is_kept(args: Namespace, epoch: int) -> bool:
-    """Tells whether the checkpoint after an epoch is to stay, by ``--save-frequency``; the last one always is."""
-    if epoch == args.epochs:
-        return True
-    return args.save_frequency > 0 and epoch % args.save_frequency == 0 and not args.delete_previous_checkpoint
+    """Tells whether the checkpoint after an epoch stays when a later one is there."""
+    return _is_due(args, epoch) and not args.delete_previous_checkpoint
+
+
+def _is_due(args: Namespace, epoch: int) -> bool:
+    return args.save_frequency > 0 and epoch % args.save_frequency == 0

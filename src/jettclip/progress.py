@@ -63,7 +63,7 @@ class Progress:
             self._report(step, done, scale, learning_rate, norm)
             self._restart()
 
-    def check_losses(self) -> None:
+    def check_drops(self) -> None:
         """Raises DataError if more samples of the epoch were dropped, on all ranks, than ``--max-drop-rate`` allows."""
         kept = total_over_ranks(Counter(kept=self.kept))["kept"]
         check_drop_rate(kept, total_over_ranks(self.dropped), self.loader.dataset.settings.max_drop_rate)

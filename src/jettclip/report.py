@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 METRICS = "metrics.jsonl"
-TRACKERS = ("tensorboard", "wandb")
 
 Values = Mapping[str, Any]
 
@@ -34,7 +33,7 @@ class Reporter:
         name: of the run, in Weights & Biases.
         config: of the run, for the trackers to show.
         project, notes: in Weights & Biases.
-        first_step: the step to go on from; what an interrupted run wrote past it is removed.
+        first_step: the step that training goes on from: what a stopped run wrote past it is removed. None keeps all.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Reporter:
         config: Values | None = None,
         project: str = "",
         notes: str = "",
-        first_step: int = 0,
+        first_step: int | None = None,
     ) -> None:
         self._sinks: dict[str, Sink] = {}
         if folder is None:
@@ -86,8 +85,8 @@ class Reporter:
 class JsonLines:
     """One JSON object a line: kind, step, values."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        if path.exists():
+    def __init__(self, path: Path, first_step: int | None) -> None:
+        if path.exists() and first_step is not None:
             # the evaluation after a step is logged under the next one
             kept = [line for line in read_metrics(path) if line["step"] < first_step + (line["kind"] != "train")]
             partial = path.with_suffix(".partial")
@@ -108,7 +107,7 @@ class JsonLines:
 class TensorBoard:
     """Scalars for TensorBoard."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(folder, purge_step=first_step or None)
@@ -145,12 +144,12 @@ class WandB:
 
 
 def set_up_logging(file: Path | None, rank: int, debug: bool = False) -> None:
-    """Sends log lines to the console and to a file; ranks other than 0 only speak up for warnings."""
+    """Sends log lines to the console and to a file; ranks other than 0, without a file, only speak up for warnings."""
     logging.captureWarnings(True)
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file is not None:
         handlers.append(logging.FileHandler(file))
-    level = logging.WARNING if rank else logging.DEBUG if debug else logging.INFO
+    level = logging.WARNING if rank and file is None else logging.DEBUG if debug else logging.INFO
     where = f" rank {rank}" if rank else ""
     logging.basicConfig(
         level=level,

@@ -44,7 +44,7 @@ def train_one_epoch(
         learning_rate = schedule(step)
         report, features, norm = train_step(engine, loss, to_device(batch, device), loader.last_info, teacher)
         progress.update(step, report, loader.last_info, float(features.logit_scale.detach()), learning_rate, norm)
-    progress.check_losses()
+    progress.check_drops()
 
 
 def train_step(

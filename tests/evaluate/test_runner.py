@@ -159,10 +159,20 @@ def test_an_evaluator_of_nothing_finds_nothing(caplog: pytest.LogCaptureFixture)
     assert caplog.text == ""
 
 
-def test_half_precision_is_near_the_full_one(tmp_path: Path) -> None:
-    val = loader_of(write_shards(tmp_path, [8]))
-    metrics = Evaluator(CPU, lambda: torch.autocast("cpu", torch.bfloat16), val).run(model())
-    assert metrics["samples"] == 8
+def test_half_precision_is_near_the_full_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked: list[Tensor] = []
+
+    def recorded(image: Tensor, text: Tensor) -> dict[str, float]:
+        ranked.append(torch.stack([image, text]))
+        return retrieval_metrics(image, text)
+
+    monkeypatch.setattr("jettclip.evaluate.runner.retrieval_metrics", recorded)
+    val = loader_of(write_shards(tmp_path, [8]), views=("long",))
+    for autocast in (nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)):
+        assert Evaluator(CPU, autocast, val).run(model())["samples"] == 8
+    full, half = ranked
+    assert half.dtype == torch.float32  # similarities are not rounded
+    assert 0 < float((half - full).abs().max()) < 0.02
 
 
 def test_metrics_are_put_into_words() -> None:

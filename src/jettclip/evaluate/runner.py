@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from jettclip.data.counts import check_drop_rate, describe
@@ -54,6 +55,7 @@ class Evaluator:
 
         was_training = model.training
         model.eval()
+        share_buffers(model)
         metrics: Metrics = {}
         if self.val is not None and due(self.val_frequency):
             metrics |= self._retrieval(model, self.val)
@@ -87,6 +89,17 @@ class Evaluator:
         for view, text in features.items():
             metrics |= {f"{view}/{name}": value for name, value in retrieval_metrics(image, text).items()}
         return metrics
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives all ranks rank 0's buffers, which are those that are saved.
+
+    DistributedDataParallel does so before every step only, so that after the last one each rank has its own
+    BatchNorm statistics, and would embed its share of the data with another model.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def in_words(metrics: Metrics) -> str:
