@@ -46,8 +46,11 @@ def main() -> int:
     add_flags(parser, SampleSettings)
     args = parser.parse_args()
     settings = read_flags(SampleSettings, args)
-    if settings.problems():
-        parser.error("\n  ".join(settings.problems()))
+    problems = settings.problems()
+    if args.batch_size < 1:
+        problems.append(f"--batch-size {args.batch_size} must be at least 1")
+    if problems:
+        parser.error("\n  ".join(problems))
     place = init_distributed_device_so(args.device)
     try:
         model, _, transform = create_model_and_transforms(args.model, args.pretrained, device=place["device"])
@@ -70,9 +73,8 @@ def main() -> int:
         sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: interrupted; the same command keeps the stores that are done")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     print(
         f"store {args.store!r}: {done.samples} samples in {done.shards} shards written, {done.kept} shards kept; "
         f"dropped {describe(done.dropped)}"

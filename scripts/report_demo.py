@@ -35,7 +35,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
 
     runs = {name: read_metrics(args.demo / "logs" / run / METRICS) for run, name in RUNS.items()}
-    last = {name: next(line for line in reversed(lines) if line["kind"] == "val") for name, lines in runs.items()}
+    last = {name: [line for line in lines if "long@77/image_to_text_R@1" in line][-1] for name, lines in runs.items()}
     plot_runs(runs, "clip@long", "long/R@1", folder / "curves.png")
 
     student = max((args.demo / "logs/student/checkpoints").glob("epoch_*"), key=lambda path: int(path.name[6:]))

@@ -24,8 +24,8 @@ jettclip_set_up() {
     wanted="$(cat "$jettclip_root/requirements.txt" "$jettclip_root/pyproject.toml" | cksum)"
     if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
         local interpreter="${PYTHON:-$(command -v python3.11 || command -v python3)}"
-        "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            { echo "jettclip needs Python 3.10 or newer, $interpreter is older; name another with PYTHON=..." >&2; return 1; }
+        "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "the pinned packages need Python 3.11 or newer, $interpreter is older; name another with PYTHON=..." >&2; return 1; }
         echo "Installing the packages of requirements.txt into $venv (once; a few minutes)" >&2
         "$interpreter" -m venv "$venv" &&
             "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$jettclip_root/requirements.txt" &&

@@ -15,10 +15,10 @@ from jettclip.checkpoint import (
     MANIFEST,
     STATE,
     Position,
+    delete_checkpoint,
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    prune_checkpoints,
     save_checkpoint,
 )
 from jettclip.engine.base import Student
@@ -149,11 +149,18 @@ def test_a_state_with_code_in_it_is_not_executed(tmp_path: Path) -> None:
         load_checkpoint(saved, make_engine())
 
 
-def test_pruning_keeps_what_is_to_stay_and_the_newest(tmp_path: Path) -> None:
-    for epoch in range(1, 5):
+def test_the_latest_is_of_the_last_epoch_though_an_earlier_one_took_more_steps(tmp_path: Path) -> None:
+    for epoch, steps in ((2, 14), (3, 6)):  # as after a larger batch
+        save_checkpoint(tmp_path, make_engine(), Position(epoch, steps))
+    assert latest_checkpoint(tmp_path) == tmp_path / "epoch_3"
+
+
+def test_one_checkpoint_is_deleted_and_no_other(tmp_path: Path) -> None:
+    for epoch in range(1, 4):
         save_checkpoint(tmp_path, make_engine(), Position(epoch, epoch))
-    prune_checkpoints(tmp_path, 4, keeps=lambda epoch: epoch == 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_2", "epoch_4"]
+    delete_checkpoint(tmp_path, 2)
+    delete_checkpoint(tmp_path, 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_1", "epoch_3"]
 
 
 def test_every_rank_gets_its_own_random_state_back(tmp_path: Path) -> None:

@@ -152,3 +152,35 @@ def test_features_are_stored_in_the_asked_precision_and_folder(teacher: Teacher,
     store = Store(store_path(url, "tiny", str(tmp_path / "features")))
     assert store.row("long", "000001", caption(1)).dtype == torch.bfloat16
     assert store.info.weights_digest == teacher.weights_digest()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_is_named_twice_is_asked_about_once(workers: int, teacher: Teacher, tmp_path: Path) -> None:
+    one, two, three = write_shards(tmp_path, [9, 5, 7]).split("::")
+    assert extract(teacher, f"{one}::{two}::{three}::{one}", workers=workers)[:3] == (21, 3, 0)
+    store = Store(store_path(one, "tiny"))
+    assert store.row("long", "000008", caption(8)).shape == (16,)
+
+
+def test_shards_that_would_share_a_store_are_refused_before_the_teacher_is_asked(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    urls = "::".join(write_shards(tmp_path / folder, [2]) for folder in ("a", "b"))
+    with pytest.raises(DataError, match="same name in several folders"):
+        extract(teacher, urls, folder=str(tmp_path / "features"))
+
+
+def test_a_store_of_another_precision_is_written_anew(teacher: Teacher, tmp_path: Path) -> None:
+    url = write_shards(tmp_path, [3])
+    extract(teacher, url, dtype=torch.bfloat16)
+    assert extract(teacher, url, dtype=torch.float32).shards == 1
+    assert Store(store_path(url, "tiny")).dtype == torch.float32
+
+
+def test_rows_of_other_views_are_not_lost_unasked(teacher: Teacher, tmp_path: Path) -> None:
+    url = write_shards(tmp_path, [3])
+    extract(teacher, url, views=("long",))
+    with pytest.raises(DataError, match="holds image, long, and image, short are asked for"):
+        extract(teacher, url, views=("short",))
+    assert extract(teacher, url, views=("short",), overwrite=True).shards == 1
+    assert Store(store_path(url, "tiny")).parts == {"image", "short"}

@@ -20,7 +20,7 @@ LAYERS = (
     ("engine",),
     ("models", "data", "losses", "params"),
     ("rules",),
-    ("openclip", "settings", "seeding"),
+    ("openclip", "settings", "seeding", "ranks"),
     ("types",),
 )
 OPENCLIP = {"open_clip", "open_clip_train"}

@@ -84,7 +84,7 @@ def losses(data: Path, name: str) -> list[tuple[int, float]]:
 def test_a_run_trains_evaluates_saves_and_reports(data: Path) -> None:
     assert main(flags(data, "a", **{"val-truncate": 20, "report-to": "tensorboard"})) == 0
     folder = data / "logs" / "a"
-    assert [line["step"] for line in metrics(data, "a")] == list(range(9))  # 28 samples, batches of 8, 3 epochs
+    assert [line["step"] for line in metrics(data, "a")] == list(range(1, 10))  # 28 samples, batches of 8, 3 epochs
     reported = {"loss", "clip@long", "clip@short", "samples_per_second", "data_wait", "lr", "logit_scale", "dropped"}
     assert reported <= set(metrics(data, "a")[0])
     val = metrics(data, "a", "val")
@@ -177,6 +177,27 @@ def test_checkpoints_are_written_as_often_as_asked_and_the_previous_deleted(
     assert main([*flags(data, "a", epochs=3), "--delete-previous-checkpoint"]) == 0
     assert saved == [["epoch_1"], ["epoch_1", "epoch_2"], ["epoch_2", "epoch_3"]]  # before the previous one goes
     assert [path.name for path in (data / "logs/a/checkpoints").iterdir()] == ["epoch_3"]
+
+
+def test_a_resumed_run_deletes_only_what_its_flags_say(data: Path) -> None:
+    assert main(flags(data, "a", epochs=2)) == 0
+    assert main([*flags(data, "a", epochs=3), "--resume", "latest", "--save-frequency", "0"]) == 0
+    assert len(list((data / "logs/a/checkpoints").iterdir())) == 3
+    assert main([*flags(data, "a", epochs=4), "--resume", "latest", "--delete-previous-checkpoint"]) == 0
+    assert sorted(path.name[6:] for path in (data / "logs/a/checkpoints").iterdir()) == ["1", "2", "4"]
+
+
+def test_a_run_resumed_with_longer_batches_goes_on_with_its_epochs(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(data, "a", epochs=2)) == 0
+    for epochs in (3, 4):
+        longer = {"epochs": epochs, "batch-size": 14}
+        assert main([*flags(data, "a", **longer), "--resume", "latest"]) == 0
+    assert "Resuming from" in capsys.readouterr().err
+    assert [line["step"] for line in metrics(data, "a", "val")][-2:] == [6, 8]  # two steps an epoch now
+    steps = [line["step"] for line in metrics(data, "a")]
+    assert steps == sorted(set(steps))
 
 
 def test_dropped_samples_are_reported_with_the_metrics(data: Path) -> None:

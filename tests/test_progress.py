@@ -43,7 +43,7 @@ def follow(epoch: int, losses: list[float], every: int, dropped: int = 0) -> tup
 def test_means_are_reported_every_few_steps_and_at_the_end() -> None:
     _, recorder = follow(epoch=2, losses=[1, 2, 3, 4, 9], every=2)
     assert [(kind, step, values["loss"]) for kind, step, values in recorder.lines] == [
-        ("train", 11, 1.5), ("train", 13, 3.5), ("train", 14, 9.0),
+        ("train", 12, 1.5), ("train", 14, 3.5), ("train", 15, 9.0),
     ]  # fmt: skip
     last = recorder.lines[-1][2]
     assert last["epoch"] == 3.0

@@ -35,18 +35,18 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 def test_a_resumed_run_replaces_what_was_written_past_its_checkpoint(tmp_path: Path) -> None:
     first = Reporter(tmp_path, [])
-    for step in range(6):
+    for step in range(1, 7):
         first.log("train", step, {"loss": 1.0})
-        if step % 3 == 2:
-            first.log("val", step + 1, {"score": step})
+        if step % 3 == 0:
+            first.log("val", step, {"score": step})
     first.close()
     with (tmp_path / METRICS).open("a") as stream:
         stream.write('{"kind": "train", "st')  # killed while it wrote
     resumed = Reporter(tmp_path, [], first_step=3)
-    resumed.log("train", 3, {"loss": 2.0})
+    resumed.log("train", 4, {"loss": 2.0})
     resumed.close()
     assert [(line["kind"], line["step"]) for line in lines(tmp_path)] == [
-        ("train", 0), ("train", 1), ("train", 2), ("val", 3), ("train", 3),
+        ("train", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4),
     ]  # fmt: skip
 
 
@@ -130,3 +130,24 @@ def test_the_log_file_gets_what_the_console_gets(tmp_path: Path) -> None:
 def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"kind": "train", "step": 0}\n{"kind"')
     assert read_metrics(tmp_path / METRICS) == [{"kind": "train", "step": 0}]
+
+
+def test_an_evaluation_adds_to_the_metrics_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"kind": "train", "step": 7}\n{"kind": "tr')
+    with Reporter(tmp_path, []) as reporter:
+        reporter.log("val", 5, {"score": 1.0})
+    assert [line["step"] for line in lines(tmp_path)] == [7, 5]
+
+
+@pytest.mark.parametrize(("first_step", "expected"), [(2, [1.0, 2.0, 9.0]), (0, [9.0])])
+def test_tensorboard_shows_no_step_that_was_taken_again(first_step: int, expected: list[float], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Reporter(tmp_path, ["tensorboard"], first_step=0) as killed:
+        for step in range(1, 5):
+            killed.log("train", step, {"loss": float(step)})
+    with Reporter(tmp_path, ["tensorboard"], first_step=first_step) as resumed:
+        resumed.log("train", first_step + 1, {"loss": 9.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == expected

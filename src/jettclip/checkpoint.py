@@ -17,7 +17,6 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save
 
 from jettclip.engine.base import Engine
 from jettclip.models.checkpoints import WEIGHTS
+from jettclip.ranks import rank_and_world_size
 from jettclip.seeding import random_state, set_random_state
 
 STATE = "state.pt"
@@ -115,7 +115,7 @@ def load_checkpoint(path: Path, engine: Engine) -> Position:
         engine.load_state_dict(state)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"--resume {path} does not fit this run: {error}") from error
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = rank_and_world_size()
     if ranks == len(random_states):
         set_random_state(random_states[rank])
     else:
@@ -124,12 +124,12 @@ def load_checkpoint(path: Path, engine: Engine) -> Position:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Returns the checkpoint of the most steps in a folder, passing over damaged ones with a warning; None if none."""
+    """Returns the checkpoint of the last epoch in a folder, passing over damaged ones with a warning; None if none."""
     found = []
     for path in folder.glob("epoch_*"):
         manifest = _manifest(path)
         if manifest is not None:
-            found.append((manifest["step"], path))
+            found.append((manifest["epoch"], path))  # not by step: an epoch may have become shorter since
     for _, path in sorted(found, reverse=True):
         digests = (_manifest(path) or {})["digests"]
         if all((path / name).exists() and _digest(path / name) == known for name, known in digests.items()):
@@ -160,12 +160,12 @@ def find_checkpoint(resume: str | None, folder: Path | None) -> Path | None:
     return path
 
 
-def prune_checkpoints(folder: Path, newest: int, keeps: Callable[[int], bool]) -> None:
-    """Deletes the checkpoints of epochs before `newest` for which `keeps` is false."""
-    for path in folder.glob("epoch_*"):
-        manifest = _manifest(path)
-        if manifest and manifest["epoch"] < newest and not keeps(manifest["epoch"]):
-            shutil.rmtree(path, ignore_errors=True)
+def delete_checkpoint(folder: Path, epoch: int) -> None:
+    """Deletes the checkpoint after an epoch, if it is there."""
+    path = folder / f"epoch_{epoch}"
+    if path.exists():
+        logging.info(f"Deleting {path}, there is a newer one")
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _gather(value: Any) -> list[Any] | None:

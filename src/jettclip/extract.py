@@ -16,10 +16,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from jettclip.data.collate import collate
-from jettclip.data.counts import Dropped, Tally, check_drop_rate
+from jettclip.data.counts import DataError, Dropped, Tally, check_drop_rate
 from jettclip.data.features import Store, StoreInfo, digest, store_path, write_store
 from jettclip.data.sample import SampleReader
 from jettclip.data.shards import find_shards
+from jettclip.data.store_group import check_places
 from jettclip.data.workers import run_workers
 from jettclip.models.teacher import Teacher
 from jettclip.types import Batch, BatchInfo, to_device
@@ -112,7 +113,10 @@ def extract_features(
     Raises:
         DataError: if shards are missing, or too many of their samples cannot be used.
     """
-    shards = find_shards(urls, allow_pipe=reader.settings.allow_pipe_urls)[rank::world_size]
+    found = find_shards(urls, allow_pipe=reader.settings.allow_pipe_urls)
+    check_places([shard.url for shard in found], folder)
+    once = {shard.url: shard for shard in found}  # some may be named twice, to be seen more often in training
+    shards = list(once.values())[rank::world_size]
     info = StoreInfo(
         model=teacher.name,
         weights_digest=teacher.weights_digest(),
@@ -122,7 +126,8 @@ def extract_features(
         width=teacher.info.width,
     )
     parts = {"image", *reader.views}
-    todo = [shard for shard in shards if overwrite or not _is_current(store_path(shard.url, name, folder), info, parts)]
+    places = {shard.url: store_path(shard.url, name, folder) for shard in shards}
+    todo = [shard for shard in shards if overwrite or not _is_current(places[shard.url], info, parts, dtype)]
     chunks = ShardChunks([shard.url for shard in todo], reader, batch_size, teacher.model.ignores_padding)
     samples = written = 0
     dropped: Counter[str] = Counter()
@@ -132,7 +137,7 @@ def extract_features(
         for shard, rows in _ask(teacher, chunks, min(workers, len(todo)), dtype, torch.device(device), bar):
             dropped.update(rows.dropped)
             if rows.keys:
-                rows.write(store_path(shard, name, folder), info)
+                rows.write(places[shard], info)
                 samples, written = samples + len(rows.keys), written + 1
             else:
                 logging.warning(f"{shard} has no usable sample, so it gets no store")
@@ -159,10 +164,21 @@ def _ask(
         bar.update(len(info.keys))
 
 
-def _is_current(path: str, info: StoreInfo, parts: set[str]) -> bool:
-    """Tells whether a store of this teacher with these parts is there; if its rows fit is seen when they are read."""
+def _is_current(path: str, info: StoreInfo, parts: set[str], dtype: torch.dtype) -> bool:
+    """Tells whether a store has what is asked for; whether its rows still fit is seen when they are read.
+
+    Raises:
+        DataError: if the store would lose rows that nobody asked to lose.
+    """
     try:
         store = Store(path)
     except Dropped:
         return False
-    return store.info == info and parts <= store.parts
+    if store.info != info or store.dtype != dtype:
+        return False
+    if not parts <= store.parts and not store.parts <= parts:
+        raise DataError(
+            f"{path} holds {', '.join(sorted(store.parts))}, and {', '.join(sorted(parts))} are asked for; "
+            "ask for all of them at once, or give --overwrite"
+        )
+    return parts <= store.parts

@@ -90,7 +90,7 @@ def plot_runs(runs: Mapping[str, Lines], loss: str, metric: str, path: Path) -> 
     for name, lines in runs.items():
         train = [line for line in lines if line["kind"] == "train"]
         val = [line for line in lines if line["kind"] == "val"]
-        left.plot([line["step"] + 1 for line in train], [line[loss] for line in train], label=name)
+        left.plot([line["step"] for line in train], [line[loss] for line in train], label=name)
         right.plot([line["step"] for line in val], [mean_recall(line, metric) for line in val], "o-", label=name)
     left.set(xlabel="step", ylabel=f"training loss, {loss}")
     right.set(xlabel="step", ylabel=f"held-out {metric}", ylim=(0, 1), xlim=(0, None))

@@ -24,9 +24,9 @@ from jettclip.build import (
 )
 from jettclip.checkpoint import (
     Position,
+    delete_checkpoint,
     find_checkpoint,
     load_checkpoint,
-    prune_checkpoints,
     read_position,
     save_checkpoint,
 )
@@ -91,7 +91,11 @@ def run(options: Options, place: Place) -> None:
     engine, optimizer = build_engine(args, model, loss, place)
     done = load_checkpoint(resumed, engine) if resumed else Position(0, 0)
     schedule = build_schedule(args, optimizer, train_data.num_batches)
-    with build_reporter(options, folder, done.step, place) as reporter:
+    taken = done.epoch * train_data.num_batches  # by the present length of an epoch
+    if taken != done.step:
+        logging.warning(f"Epochs are of another length than in {resumed}: its {done.step} steps count as {taken}")
+    newest = done.epoch if args.delete_previous_checkpoint or args.save_most_recent else None
+    with build_reporter(options, folder, taken, place) as reporter:
         for epoch in range(done.epoch, args.epochs):
             train_one_epoch(
                 engine,
@@ -110,8 +114,9 @@ def run(options: Options, place: Place) -> None:
                 reporter.log("val", done.step, metrics)
             if checkpoints and is_saved(args, done.epoch):
                 save_checkpoint(checkpoints, engine, done)
-                if place.rank == 0:
-                    prune_checkpoints(checkpoints, done.epoch, keeps=lambda saved: is_kept(args, saved))
+                if place.rank == 0 and newest is not None and not is_kept(args, newest):
+                    delete_checkpoint(checkpoints, newest)
+                newest = done.epoch
     logging.info(f"Done: {done.epoch} epochs, {done.step} steps" + (f"; the run is in {folder}" if folder else ""))
 
 

@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jettclip.data.counts import check_drop_rate, describe
 from jettclip.data.pipeline import Loader
+from jettclip.ranks import rank_and_world_size
 from jettclip.report import Reporter
 from jettclip.types import Batch, BatchInfo, LossReport
 
@@ -75,7 +76,7 @@ class Progress:
         self._since = time.perf_counter()
 
     def _report(self, step: int, done: int, scale: float, learning_rate: float, norm: float | None) -> None:
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        _, ranks = rank_and_world_size()
         losses = mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
         dropped = total_over_ranks(self.dropped)
         elapsed = time.perf_counter() - self._since
@@ -94,7 +95,7 @@ class Progress:
         }
         if norm is not None:
             values["gradient_norm"] = norm
-        self.reporter.log("train", step, values)
+        self.reporter.log("train", step + 1, values)  # steps taken, as evaluations have it
         terms = "  ".join(f"{name} {value:.4f}" for name, value in zip(self._sums, losses, strict=True))
         logging.info(
             f"epoch {self.epoch + 1} step {done}/{len(self.loader)}  {terms}  {rate:.1f} samples/s "

@@ -33,7 +33,7 @@ class Reporter:
         name: of the run, in Weights & Biases.
         config: of the run, for the trackers to show.
         project, notes: in Weights & Biases.
-        first_step: the step that training goes on from: what a stopped run wrote past it is removed. None keeps all.
+        first_step: steps taken when training goes on: what a stopped run wrote past them is removed. None keeps all.
     """
 
     def __init__(
@@ -86,9 +86,8 @@ class JsonLines:
     """One JSON object a line: kind, step, values."""
 
     def __init__(self, path: Path, first_step: int | None) -> None:
-        if path.exists() and first_step is not None:
-            # the evaluation after a step is logged under the next one
-            kept = [line for line in read_metrics(path) if line["step"] < first_step + (line["kind"] != "train")]
+        if path.exists():  # rewritten whole, since a killed run may have left its last line unfinished
+            kept = [line for line in read_metrics(path) if first_step is None or line["step"] <= first_step]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(partial, path)
@@ -110,7 +109,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=first_step or None)
+        self._writer = SummaryWriter(folder, purge_step=None if first_step is None else first_step + 1)
 
     def write(self, kind: str, step: int, values: Values) -> None:
         """Writes the numbers among the values."""

@@ -70,7 +70,7 @@ def test_an_old_python_is_refused(clone: Path) -> None:
     (clone.parent / "log.old").touch()
     refused = source(clone)
     assert refused.returncode != 0
-    assert "needs Python 3.10 or newer" in refused.stderr
+    assert "need Python 3.11 or newer" in refused.stderr
     assert installs(clone) == 0
 
 

@@ -78,9 +78,10 @@ def paint(scene: Scene, generator: random.Random) -> Image.Image:
 
 
 def long_caption(scene: Scene) -> str:
-    """Names every thing with its size, row and column: about 80 to 160 tokens."""
+    """Names every thing with its size, row and column: about 100 to 200 tokens."""
     sentences = [
-        f"A {thing.size} {_name(thing.emoji)} is in the {ORDINALS[thing.row]} row, {ORDINALS[thing.column]} column."
+        f"There is a {thing.size} {_name(thing.emoji)} in the {ORDINALS[thing.row]} row and the "
+        f"{ORDINALS[thing.column]} column."
         for thing in scene.things
     ]
     return " ".join([f"A {scene.tint} background.", *sentences])

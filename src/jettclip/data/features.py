@@ -131,6 +131,12 @@ class Store:
         """What it has rows of: of ``image``, ``short`` and ``long``."""
         return {part for part in PARTS if part in self._slices}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its features are stored in."""
+        rows: Tensor = self._slices[next(iter(self.parts))][:0]
+        return rows.dtype
+
     def check(self, expected: StoreInfo) -> None:
         """Raises Dropped if the store is not of the expected teacher."""
         ours, theirs = asdict(self.info), asdict(expected)

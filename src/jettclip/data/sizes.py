@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 
 import fsspec
@@ -43,29 +43,32 @@ def sizes_of(urls: Iterable[str]) -> dict[str, int]:
             f"Counting the samples of {remote} remote shards, which reads each of them once; to save that, put a "
             'sizes.json beside them ({"000000.tar": 1000, ...}), or give --dataset-resampled and --train-num-samples'
         )
-    counted = _count(to_count)
     new: dict[str, dict[str, int]] = defaultdict(dict)
-    for url, size in counted.items():
-        if is_local(url) and size:  # a recorded 0 would keep the shard from ever being opened, whatever it holds later
-            new[_folder(url)][os.path.basename(url)] = size
-    for folder, found in new.items():
-        _record(folder, recorded[folder] | found, len(found))
-    return known | counted
+    try:
+        for url, size in _count(to_count):
+            known[url] = size
+            if is_local(url) and size:  # a recorded 0 would keep the shard from being opened, whatever it holds later
+                new[_folder(url)][os.path.basename(url)] = size
+    finally:  # what was counted before a stop need not be counted again
+        for folder, found in new.items():
+            _record(folder, recorded[folder] | found, len(found))
+    return known
 
 
 def _folder(url: str) -> str:
     return os.path.dirname(url.removeprefix("file:") if is_local(url) else url)
 
 
-def _count(urls: list[str]) -> dict[str, int]:
+def _count(urls: list[str]) -> Iterator[tuple[str, int]]:
     """Counts samples by reading tar headers, on all cores where there is enough to do."""
     if len(urls) < 16:
-        return {url: _count_one(url) for url in urls}
+        yield from ((url, _count_one(url)) for url in urls)
+        return
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         counts = tqdm(
             pool.map(_count_one, urls, chunksize=4), "counting samples", len(urls), unit="shard", disable=None
         )
-        return dict(zip(urls, counts, strict=True))
+        yield from zip(urls, counts, strict=True)
 
 
 def _count_one(url: str) -> int:
@@ -85,7 +88,10 @@ def _recorded(folder: str) -> dict[str, int]:
             written = os.fstat(stream.fileno()).st_mtime_ns
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if not local and isinstance(error, OSError):  # object stores also answer so where there is no such file
+            logging.warning(f"{path} cannot be read, so the shards are counted: {error}")
+            return {}
         raise DataError(
             f'{path} is not {{"000000.tar": 1000, ...}}, samples by shard: {error}; mend it, or delete it to have '
             "them counted"

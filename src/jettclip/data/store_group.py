@@ -9,6 +9,7 @@ import torch
 
 from jettclip.data.counts import DataError, Dropped
 from jettclip.data.features import Store, StoreInfo, store_path
+from jettclip.data.streams import is_local
 from jettclip.types import TeacherFeatures, TeacherInfo
 
 OPEN_SHARDS = 16
@@ -101,9 +102,17 @@ def open_stores(shards: Sequence[str], names: Sequence[str], folder: str, on_mis
             expected.append(Store(next(path for path in paths if os.path.exists(path))).info)
         except Dropped as problem:
             raise DataError(f"{problem}; extract it again") from problem
+    check_places(shards, folder)
+    return StoreGroup(names, folder, expected, on_missing)
+
+
+def check_places(shards: Sequence[str], folder: str) -> None:
+    """Raises DataError if stores of these shards would have no place, or share one."""
+    remote = next((shard for shard in shards if not is_local(shard)), None)
+    if remote and not folder:
+        raise DataError(f"{remote!r} is not on this machine, so its stores cannot stand beside it; give --features-dir")
     if folder and len({os.path.basename(shard) for shard in shards}) < len(set(shards)):
         raise DataError(
             f"shards of the same name in several folders would share one store in --features-dir {folder}; "
             "leave the flag out and keep the stores beside their shards"
         )
-    return StoreGroup(names, folder, expected, on_missing)

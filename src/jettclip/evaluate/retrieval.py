@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jettclip.ranks import rank_and_world_size
+
 RANKS = (1, 5, 10)
 
 
@@ -42,7 +44,7 @@ def retrieval_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
     Args:
         image, text: float [N, D], the same on every rank.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_world_size()
     hits = torch.stack([recall(image, text, rank, world_size), recall(text, image, rank, world_size)])
     if world_size > 1:
         dist.all_reduce(hits)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jettclip import openclip
 from jettclip.models.two_towers import TwoTowers
+from jettclip.ranks import rank_and_world_size
 
 
 def imagenet_folder(path: str, transform: Callable[..., Tensor]) -> ImageFolder:
@@ -55,7 +56,7 @@ def zero_shot_metrics(
         tokenizer: the model's.
         images: pairs of image tensor and class index.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_world_size()
     total = len(images)  # type: ignore[arg-type]
     with autocast():
         classifier = openclip.build_zero_shot_classifier(

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jettclip.ranks import rank_and_world_size
+
 
 def gather_rows(features: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns all ranks' rows of several features, in one exchange, with gradient to where each row came from.
@@ -31,7 +33,7 @@ def gather_rows(features: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def is_distributed() -> bool:
     """Tells whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return rank_and_world_size()[1] > 1
 
 
 def is_first_rank() -> bool:
@@ -41,7 +43,7 @@ def is_first_rank() -> bool:
 
 def row_offset(rows: int) -> int:
     """Returns where this rank's `rows` begin among all ranks' rows."""
-    return dist.get_rank() * rows if is_distributed() else 0
+    return rank_and_world_size()[0] * rows
 
 
 class _GatherRows(torch.autograd.Function):

@@ -58,7 +58,7 @@ def get_model_config(name: str) -> ModelConfig:
     if unknown:
         raise ValueError(
             f"--model {name!r} needs {', '.join(sorted(unknown))}, which jettclip does not train; "
-            "choose a model of one image and one text tower without a logit bias"
+            "choose a model of one image and one text tower, without a logit bias or a decoder"
         )
     return ModelConfig(name=name, **{"preprocess_cfg": _published_preprocessing(name), **config})
 
