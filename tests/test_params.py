@@ -12,7 +12,8 @@ from jettclip.main import find_mistakes
 from jettclip.params import is_kept, is_saved, parse_args, run_folder, save_config
 from jettclip.rules import MOBILECLIP_FLAGS
 
-# Launch lines from OpenCLIP's README and docs (github.com/mlfoundations/open_clip, v3.3).
+# Launch lines of OpenCLIP's README and docs (github.com/mlfoundations/open_clip, v3.3), with shards where those have
+# CSV files; for flags that no published line uses, lines made of them.
 OPENCLIP_LINES = {
     "single process": """--save-frequency 1 --zeroshot-frequency 1 --report-to tensorboard
         --train-data=/data/{0000..0099}.tar --val-data=/data/val.tar --csv-img-key filepath --csv-caption-key title
