@@ -237,13 +237,17 @@ def test_gradient_checkpointing_is_switched_on(data: Path, monkeypatch: pytest.M
     assert len(switched) == 1
 
 
-def test_torchrun_trains_on_two_ranks_and_evaluates_the_model_that_is_saved(data: Path) -> None:
-    # --logs after -- reaches the program: torchrun would take it for a flag of its own
-    arguments = flags(data, "two", **{"batch-size": 4, "epochs": 1, "model": "Nano-248", "pca-scope": "global"})
+def torchrun(arguments: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Launches two ranks; the -- keeps torchrun from taking --logs for a flag of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
-    command += ["jettclip.main", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        [*command, "jettclip.main", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def test_torchrun_trains_on_two_ranks_and_evaluates_the_model_that_is_saved(data: Path) -> None:
+    done = torchrun(flags(data, "two", **{"batch-size": 4, "epochs": 1, "model": "Nano-248", "pca-scope": "global"}))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (data / "logs" / "two" / "out.log").exists()
     assert len(metrics(data, "two")) == 3
@@ -276,10 +280,7 @@ def test_ctrl_c_ends_the_run_and_says_how_to_go_on(data: Path) -> None:
 
 def test_a_rank_that_fails_ends_the_run_on_all(data: Path) -> None:
     write_shard(data / "bad" / "000000.tar", [sample(i, txt="only a text") for i in range(30)])
-    arguments = flags(data, "bad", **{"train-data": str(data / "bad/000000.tar"), "model": "Nano-248", "batch-size": 4})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
-    done = subprocess.run(
-        [*command, "jettclip.main", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    bad = {"train-data": str(data / "bad/000000.tar"), "model": "Nano-248", "batch-size": 4}
+    done = torchrun(flags(data, "bad", **bad), timeout=120)
     assert done.returncode != 0
     assert "image is missing" in done.stderr

@@ -36,7 +36,7 @@ def follow(epoch: int, losses: list[float], every: int, dropped: int = 0) -> tup
     for step, loss in progress.steps():
         value = torch.tensor(float(loss))  # type: ignore[arg-type]
         info = BatchInfo(["a", "b"], {"image is missing": dropped} if dropped else {}, {}, {"noted": 1})
-        progress.update(step, LossReport(value, {"clip@long": value}), info, 14.0, 1e-3, None)
+        progress.update(step, LossReport(value, {"clip@long": value}), info, torch.tensor([14.0]), 1e-3, None)
     return progress, recorder
 
 

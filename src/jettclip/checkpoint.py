@@ -129,9 +129,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
     for path in folder.glob("epoch_*"):
         manifest = _manifest(path)
         if manifest is not None:
-            found.append((manifest["epoch"], path))  # not by step: an epoch may have become shorter since
-    for _, path in sorted(found, reverse=True):
-        digests = (_manifest(path) or {})["digests"]
+            found.append((manifest["epoch"], path, manifest["digests"]))
+    # not by step, since an epoch may have become shorter
+    for _, path, digests in sorted(found, key=lambda checkpoint: checkpoint[0], reverse=True):
         if all((path / name).exists() and _digest(path / name) == known for name, known in digests.items()):
             return path
         logging.warning(f"{path} is damaged, its files do not have the digests in {MANIFEST}; taking the one before")

@@ -81,11 +81,9 @@ def plot_runs(runs: Mapping[str, Lines], loss: str, metric: str, path: Path) -> 
         metric: the metric to draw; the mean of both directions of ``long/R@1`` and the like.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, lines in runs.items():
         train = [line for line in lines if line["kind"] == "train"]
@@ -107,12 +105,10 @@ def plot_found(rows: Sequence[Found], path: Path) -> None:
         rows: one a caption.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = max(len(row.pictures) for row in rows)
     figure = Figure(figsize=(5 + 1.5 * columns, 1.7 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(
         len(rows), columns + 1, squeeze=False, gridspec_kw={"width_ratios": [5 / 1.5, *[1] * columns]}
     )

@@ -48,9 +48,12 @@ class Progress:
                 asked = time.perf_counter()
 
     def update(
-        self, step: int, report: LossReport, info: BatchInfo, scale: float, learning_rate: float, norm: float | None
+        self, step: int, report: LossReport, info: BatchInfo, scale: Tensor, learning_rate: float, norm: float | None
     ) -> None:
-        """Takes in a step, and reports the mean over the steps since the last report when it is time."""
+        """Takes in a step, and reports the mean over the steps since the last report when it is time.
+
+        Tensors are read only then: to read one is to wait for the GPU.
+        """
         self.kept += len(info.keys)
         self.dropped.update(info.dropped)
         self.damaged.update(info.damaged)
@@ -61,7 +64,7 @@ class Progress:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         done = step + 1 - self.epoch * len(self.loader)
         if done % self.every == 0 or done == len(self.loader):
-            self._report(step, done, scale, learning_rate, norm)
+            self._report(step, done, float(scale), learning_rate, norm)
             self._restart()
 
     def check_drops(self) -> None:

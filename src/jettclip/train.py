@@ -43,7 +43,7 @@ def train_one_epoch(
     for step, batch in progress.steps():
         learning_rate = schedule(step)
         report, features, norm = train_step(engine, loss, to_device(batch, device), loader.last_info, teacher)
-        progress.update(step, report, loader.last_info, float(features.logit_scale.detach()), learning_rate, norm)
+        progress.update(step, report, loader.last_info, features.logit_scale.detach(), learning_rate, norm)
     progress.check_drops()
 
 

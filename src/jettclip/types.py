@@ -80,6 +80,11 @@ class LossReport(NamedTuple):
     terms: dict[str, Tensor]  # detached scalars by name, unweighted: {"clip@long": ...}
 
 
+def at_least_float32(features: Tensor) -> Tensor:
+    """Raises half precision to float32, and leaves float32 and float64 as they are."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Moves a batch to a device, without waiting for the copy where the memory is pinned."""
 

@@ -15,9 +15,9 @@ from jettclip.losses.gather import gather_rows, is_distributed, is_first_rank, r
 from jettclip.losses.kd import KdTerm
 from jettclip.losses.mse import MseTerm
 from jettclip.losses.pca import principal_components
-from jettclip.losses.view import Gathered, View, at_least_float32
+from jettclip.losses.view import Gathered, View
 from jettclip.settings import LossSettings
-from jettclip.types import VIEWS, Features, LossReport, Pair, TeacherFeatures, TeacherInfo
+from jettclip.types import VIEWS, Features, LossReport, Pair, TeacherFeatures, TeacherInfo, at_least_float32
 
 
 class Loss(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jettclip.losses.view import at_least_float32
+from jettclip.types import at_least_float32
 
 GAP_FLOOR = 1e-7
 """Smallest gap between a kept and a dropped eigenvalue, as a share of the largest, that the gradient divides by."""

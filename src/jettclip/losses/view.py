@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from jettclip.types import Pair
@@ -41,8 +40,3 @@ class View:
 
     student: Gathered
     teachers: list[Gathered] = field(default_factory=list)
-
-
-def at_least_float32(features: Tensor) -> Tensor:
-    """Raises half precision to float32, and leaves float32 and float64 as they are."""
-    return features.to(torch.promote_types(features.dtype, torch.float32))

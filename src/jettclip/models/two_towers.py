@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jettclip.types import Features
+from jettclip.types import Features, at_least_float32
 
 
 class TwoTowers(nn.Module):
@@ -117,5 +117,4 @@ class TwoTowers(nn.Module):
 
 def unit_rows(features: Tensor) -> Tensor:
     """Scales rows to unit length, in float32 at least, so that mixed precision does not blur the similarities."""
-    half = features.dtype in (torch.float16, torch.bfloat16)
-    return F.normalize(features.float() if half else features, dim=-1)
+    return F.normalize(at_least_float32(features), dim=-1)
