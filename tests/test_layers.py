@@ -14,9 +14,9 @@ SOURCE = Path(jettclip.__file__).parent
 LAYERS = (
     ("", "main"),
     ("build",),
-    ("train", "evaluate", "extract"),
+    ("train", "evaluate", "extract", "export"),
     ("progress",),
-    ("checkpoint", "report", "figures"),
+    ("checkpoint", "report", "figures", "profiling"),
     ("engine",),
     ("models", "data", "losses", "params"),
     ("rules",),
