@@ -28,12 +28,17 @@ class GridConvMixer(ConvMixer):
 
 
 @register_model  # type: ignore[untyped-decorator]
-def convmixer_nano(pretrained: bool = False, num_classes: int = 1000, in_chans: int = 3, **_: Any) -> GridConvMixer:
+def convmixer_nano(
+    pretrained: bool = False, num_classes: int = 1000, in_chans: int = 3, **options: Any
+) -> GridConvMixer:
     """Builds four depthwise blocks of width 128 over 8 x 8 patches, for timm's registry.
 
     Raises:
         ValueError: if pretrained weights are asked for; there are none.
+        TypeError: if patches are to be dropped, as timm's other towers without patches do.
     """
+    if options.get("patch_drop_rate"):
+        raise TypeError("convmixer_nano has no patches to drop")
     if pretrained:
         raise ValueError("convmixer_nano has no pretrained weights; leave --pretrained-image out")
     tower = GridConvMixer(dim=128, depth=4, kernel_size=5, patch_size=8, in_chans=in_chans, num_classes=num_classes)

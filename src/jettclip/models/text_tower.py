@@ -44,6 +44,7 @@ class TextTower(TextTransformer):
         super().__init__(**arguments)
         self.causal = self.attn_mask is not None
         self.mask_padding = mask_padding and not self.causal
+        self.frozen_positions = 0
         if self.mask_padding:
             if not self.end_token_is_largest or self.cls_emb is not None:
                 raise ValueError(
@@ -75,35 +76,57 @@ class TextTower(TextTransformer):
         """
         super().lock(unlocked_layers)
 
+    def freeze_position_prefix(self, rows: int) -> None:
+        """Stops training the first rows of the position table, as Long-CLIP does with 20 (arXiv 2403.15378).
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        if not 0 <= rows <= self.context_length:
+            raise ValueError(
+                f"--freeze-position-prefix {rows} must be a number of the tower's {self.context_length} positions"
+            )
+        if self.cls_emb is not None:
+            raise ValueError(f"--freeze-position-prefix {rows}: a tower with a class embedding cannot do that")
+        self.frozen_positions = rows
+
     def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns the embedded tokens [b, L, width] and the mask for their length; the base class knows one length."""
-        if not self.ignores_padding:
-            return super()._embeds(text)
         length = text.shape[1]
         if length > self.context_length:
             raise ValueError(
                 f"captions of {length} tokens are longer than the tower's context of {self.context_length}; "
                 "tokenize with the model's own tokenizer"
             )
-        embedded = self.token_embedding(text) + self.positional_embedding[:length]
+        if self.cls_emb is not None:
+            return super()._embeds(text)
+        positions = self.positional_embedding
+        if self.frozen_positions:  # cut from the graph here, which every engine and optimizer respects
+            fixed, free = positions.tensor_split([self.frozen_positions])
+            positions = torch.cat([fixed.detach(), free])
+        embedded = self.token_embedding(text) + positions[:length]
         if self.causal:
             return embedded, self.attn_mask[:length, :length]
-        return embedded, torch.arange(length, device=text.device) > text.argmax(dim=1, keepdim=True)
+        if self.mask_padding:
+            return embedded, torch.arange(length, device=text.device) > text.argmax(dim=1, keepdim=True)
+        return embedded, None
 
 
 def build_text_tower(config: dict[str, Any], embed_dim: int, quick_gelu: bool, mask_padding: bool) -> TextTower:
     """Builds a text tower from the ``text_cfg`` of an OpenCLIP model config."""
+    return TextTower(mask_padding=mask_padding, **tower_arguments(config, embed_dim, quick_gelu))
+
+
+def tower_arguments(config: dict[str, Any], embed_dim: int, quick_gelu: bool) -> dict[str, Any]:
+    """Returns the arguments of OpenCLIP's ``TextTransformer`` that the ``text_cfg`` of a model config means."""
     options = asdict(CLIPTextCfg(**config))
-    norm_layer = partial(LayerNorm, **(options["norm_kwargs"] or {}))
-    act_layer = partial(QuickGELU if quick_gelu else nn.GELU, **(options["act_kwargs"] or {}))
     taken = signature(TextTransformer.__init__).parameters
-    return TextTower(
-        mask_padding=mask_padding,
-        output_dim=embed_dim,
-        norm_layer=norm_layer,
-        act_layer=act_layer,
+    return {
         **{name: value for name, value in options.items() if name in taken},
-    )
+        "output_dim": embed_dim,
+        "norm_layer": partial(LayerNorm, **(options["norm_kwargs"] or {})),
+        "act_layer": partial(QuickGELU if quick_gelu else nn.GELU, **(options["act_kwargs"] or {})),
+    }
 
 
 def truncate_captions(token_ids: Tensor, length: int) -> Tensor:
