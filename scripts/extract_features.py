@@ -4,8 +4,9 @@
     python scripts/extract_features.py --data 'shards/{000..099}.tar' --model ViT-L-14 --pretrained openai --store vitl
     torchrun --nproc-per-node 8 -- scripts/extract_features.py ...      # each GPU takes its share of the shards
 
-Train with `--features vitl`. Caption flags must be those of the training. A second run keeps the stores that are there
-and of this teacher; where images or captions have changed since, add `--overwrite`.
+Train with `--features vitl`. For several teachers run it once for each, and train with `--features vitl,convnext`.
+Caption flags must be those of the training. A second run keeps the stores that are there and of this teacher; where
+images or captions have changed since, add `--overwrite`.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def main() -> int:
         parser.error("\n  ".join(problems))
     place = init_distributed_device_so(args.device)
     try:
+        tokenizer = get_tokenizer(args.model)  # first, since an adapter has none
         model, _, transform = create_model_and_transforms(args.model, args.pretrained, device=place["device"])
-        reader = SampleReader(settings, keep_uint8(transform), get_tokenizer(args.model), tuple(args.views))
+        reader = SampleReader(settings, keep_uint8(transform), tokenizer, tuple(args.views))
         done = extract_features(
             Teacher(model, args.model),
             reader,

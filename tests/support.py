@@ -70,17 +70,31 @@ def write_shards(folder: Path, sizes: Sequence[int]) -> str:
 
 
 def tiny_towers(
-    *, context_length: int = 32, causal: bool = False, mask_padding: bool = True, width: int = 16
+    *,
+    context_length: int = 32,
+    causal: bool = False,
+    mask_padding: bool = True,
+    width: int = 16,
+    logit_scale: float = 1 / 0.07,
+    **preprocess: Any,
 ) -> TwoTowers:
-    """Builds a model of a few thousand parameters over pictures of 16 x 16 and CLIP's vocabulary."""
+    """Builds a model of a few thousand parameters over pictures of 16 x 16, or `size`, and CLIP's vocabulary."""
     config = {
         "context_length": context_length, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1,
         "no_causal_mask": not causal,
     }  # fmt: skip
-    visual = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, width))
+    cfg = {"size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), **preprocess}
+    visual = torch.nn.Sequential(torch.nn.AvgPool2d(cfg["size"] // 4), torch.nn.Flatten(), torch.nn.Linear(48, width))
     text = build_text_tower(config, width, quick_gelu=False, mask_padding=mask_padding)
-    cfg = {"size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-    return TwoTowers(visual, text, embed_dim=width, mean=cfg["mean"], std=cfg["std"], preprocess_cfg=cfg)
+    return TwoTowers(
+        visual,
+        text,
+        embed_dim=width,
+        mean=cfg["mean"],
+        std=cfg["std"],
+        logit_scale=logit_scale,
+        preprocess_cfg=cfg,
+    )
 
 
 def unit_rows(rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,7 +6,14 @@ from argparse import Namespace
 import pytest
 
 from jettclip.openclip import trainer_arguments
-from jettclip.rules import TRACKERS, combination_rules, range_rules, trackers, unsupported_flags
+from jettclip.rules import (
+    TRACKERS,
+    combination_rules,
+    distillation_pairs,
+    range_rules,
+    trackers,
+    unsupported_flags,
+)
 from jettclip.settings import DataSettings
 
 USUAL = "--train-data x.tar"
@@ -16,9 +23,9 @@ def parsed(flags: str) -> Namespace:
     return trainer_arguments(f"{USUAL} {flags}".split())
 
 
-def said_of(flags: str) -> list[str]:
+def said_of(flags: str, data: DataSettings = DataSettings()) -> list[str]:  # noqa: B008 (it is frozen)
     args = parsed(flags)
-    rules = [*range_rules(args), *combination_rules(args, DataSettings()), *unsupported_flags(args)]
+    rules = [*range_rules(args), *combination_rules(args, data), *unsupported_flags(args)]
     return [message for broken, message in rules if broken]
 
 
@@ -34,6 +41,12 @@ def said_of(flags: str) -> list[str]:
         ("--report-to tensorboard --logs None", "--report-to tensorboard writes"),
         ("--resume latest", "--resume latest looks .* give --name, and --logs"),
         ("--resume latest --name a --logs none", "--resume latest looks .* give --name, and --logs"),
+        ("--distill-model a", "--distill-model and --distill-pretrained go together"),
+        (
+            "--distill-model a,b --distill-pretrained x",
+            "--distill-model a,b names 2 teachers, and --distill-pretrained x 1 checkpoints; give one .* for each",
+        ),
+        ("--distill-model a --distill-pretrained x,y", "names 1 teachers, and --distill-pretrained x,y 2 checkpoints"),
     ],
 )
 def test_a_broken_rule_says_what_to_do(flags: str, expected: str) -> None:
@@ -52,10 +65,29 @@ def test_a_broken_rule_says_what_to_do(flags: str, expected: str) -> None:
         "--logs none",
         "--resume latest --name a",
         "--resume runs/a/checkpoints/epoch_1 --logs none",
+        "--distill-model a --distill-pretrained x",
+        "--distill-model a,b --distill-pretrained x,y",
     ],
 )
 def test_what_is_in_order_is_left_alone(flags: str) -> None:
     assert said_of(flags) == []
+
+
+def test_teachers_of_both_kinds_and_teachers_without_text_are_refused() -> None:
+    teachers = "--distill-model a,b --distill-pretrained x,y"
+    (message,) = said_of(teachers, DataSettings(features="vitl"))
+    assert "--distill-model computes teacher features that --features reads" in message
+    (message,) = said_of(teachers, DataSettings(text_embeddings="members"))
+    assert "--distill-model reads captions, and with --text-embeddings members there are none" in message
+    assert said_of(teachers, DataSettings(text_embeddings="llm")) == []
+    (message,) = said_of("", DataSettings(features="vitl", text_embeddings="members"))
+    assert "--features vitl belong to captions, and with --text-embeddings members there are none" in message
+
+
+def test_every_teacher_goes_with_its_checkpoint() -> None:
+    args = parsed("--distill-model a,b --distill-pretrained x,y.pt")
+    assert distillation_pairs(args) == [("a", "x"), ("b", "y.pt")]
+    assert distillation_pairs(parsed("--distill-model a/b --distill-pretrained x")) == [("a/b", "x")]
 
 
 def test_all_stands_for_every_tracker() -> None:

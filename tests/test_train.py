@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
 
 from jettclip.engine.base import Student
 from jettclip.engine.ddp import DDPEngine
 from jettclip.engine.optimizer import create_optimizer
 from jettclip.losses.factory import create_loss
-from jettclip.models.teacher import Teacher
+from jettclip.models.teacher import Ensemble, Teacher
 from jettclip.settings import LossSettings
 from jettclip.train import NonFiniteLoss, train_step
-from jettclip.types import Batch, BatchInfo, TeacherFeatures
-from support import tiny_towers
+from jettclip.types import Batch, BatchInfo, TeacherFeatures, TeacherInfo, TeacherTokens
+from support import run_ranks, tiny_towers
 
 
-def make_engine(loss: str = "1*clip@long", teacher: Teacher | None = None) -> DDPEngine:
-    student = Student(tiny_towers(), create_loss(LossSettings(loss=loss), 16, [teacher.info] if teacher else ()))
+def make_engine(loss: str = "1*clip@long", teachers: Sequence[TeacherInfo] = ()) -> DDPEngine:
+    student = Student(tiny_towers(), create_loss(LossSettings(loss=loss), 16, teachers))
     return DDPEngine(student, create_optimizer(student, "adamw", lr=1e-2, weight_decay=0.1), torch.device("cpu"))
 
 
@@ -45,14 +51,77 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_names_terms_and_samp
     assert all(torch.equal(value, before[name]) for name, value in engine.student.state_dict().items())
 
 
-def test_a_teacher_online_gives_the_loss_of_its_stored_features() -> None:
-    teacher = Teacher(tiny_towers(), "t")
-    batch = make_batch()
-    stored = batch._replace(teacher=TeacherFeatures(*teacher(batch)))
+BICUBIC = InterpolationMode.BICUBIC
+FORMULA = "1*clip@long + 1*kd@long + 0.5*kd@short"
+
+
+def make_ensemble() -> Ensemble:
+    torch.manual_seed(7)
+    sharp = tiny_towers(logit_scale=90)
+    blurred = tiny_towers(size=12, mean=(0.1, 0.2, 0.3), context_length=7, causal=True, width=10, logit_scale=5)
+    return Ensemble([Teacher(sharp, "sharp"), Teacher(blurred, "blurred")], sharp.mean, sharp.std)
+
+
+def make_asked_batch(rows: int = 8) -> Batch:
+    """A batch whose captions have other token ids for every teacher and view."""
+    batch, views = make_batch(rows), []
+    for _ in range(2):
+        ids = [torch.randint(1, 400, (rows, length)) for length in (11, 7)]
+        for its_ids in ids:
+            its_ids[:, -1] = 49407
+        views.append(ids)
+    return batch._replace(teacher=TeacherTokens(*views))
+
+
+def test_teachers_online_give_the_loss_of_their_stored_features() -> None:
+    ensemble, batch = make_ensemble(), make_asked_batch()
+    stored = batch._replace(teacher=TeacherFeatures(*ensemble(batch.image, batch.teacher)))
     reports = []
-    for one, with_teacher in ((batch, teacher), (stored, None)):
+    for one, with_teachers in ((batch, ensemble), (stored, None)):
         torch.manual_seed(0)
-        engine = make_engine("1*clip@long + 1*kd@long", teacher)
-        reports.append(train_step(engine, engine.student.loss, one, info(), with_teacher)[0])
+        engine = make_engine(FORMULA, ensemble.infos)
+        reports.append(train_step(engine, engine.student.loss, one, info(), with_teachers)[0])
     assert torch.equal(reports[0].total, reports[1].total)
-    assert reports[0].terms.keys() == {"clip@long", "kd@long"}
+    assert reports[0].terms.keys() == {"clip@long", "kd@long", "kd@short"}
+
+
+def test_the_student_learns_the_mean_of_the_teachers_probabilities_each_at_its_own_scale() -> None:
+    ensemble, batch = make_ensemble(), make_asked_batch()
+    engine = make_engine("1*kd@long", ensemble.infos)
+    report, student, _ = train_step(engine, engine.student.loss, batch, info(), ensemble)
+    assert isinstance(batch.teacher, TeacherTokens)
+    expected = 0.0
+    for direction in (slice(None), slice(None, None, -1)):  # image to text, text to image
+        targets = []
+        for teacher, ids, scale in zip(ensemble.teachers, batch.teacher.long, (90, 5), strict=True):
+            pixels = batch.image if teacher.name == "sharp" else resize(batch.image, [12, 12], BICUBIC)
+            pair = [teacher.model.encode_image(pixels, True), teacher.model.encode_text(ids, True)][direction]
+            targets.append((scale * pair[0] @ pair[1].T).softmax(dim=1))
+        target = sum(targets) / 2
+        assert student.long is not None
+        pair = [student.image.detach(), student.long.detach()][direction]
+        logits = student.logit_scale.detach() * pair[0] @ pair[1].T
+        expected += float((target * (target.log() - logits.log_softmax(dim=1))).sum(dim=1).mean()) / 2
+    assert float(report.total.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def trained_by_teachers(rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Takes a step on this rank's share of the same 8 rows; returns the loss and the student."""
+    torch.manual_seed(3)
+    ensemble = make_ensemble()
+    student = Student(tiny_towers(), create_loss(LossSettings(FORMULA, pca_scope="global"), 16, ensemble.infos))
+    engine = DDPEngine(student, create_optimizer(student, "timm/sgd", lr=0.1, weight_decay=0.1), torch.device("cpu"))
+    batch, first = make_asked_batch(), rows * (dist.get_rank() if dist.is_initialized() else 0)
+    mine = slice(first, first + rows)
+    assert isinstance(batch.teacher, TeacherTokens)
+    asked = TeacherTokens(*([ids[mine] for ids in view] for view in batch.teacher))
+    share = Batch(*(part[mine] for part in batch[:3]), asked)  # type: ignore[index]
+    report = train_step(engine, student.loss, share, info(rows), ensemble)[0]
+    return report.total.detach(), {name: value.clone() for name, value in student.state_dict().items()}
+
+
+def test_two_ranks_with_teachers_take_the_step_of_one_process() -> None:
+    ranks, (loss, weights) = run_ranks(2, trained_by_teachers, 4), trained_by_teachers(8)
+    torch.testing.assert_close((ranks[0][0] + ranks[1][0]) / 2, loss, atol=1e-5, rtol=0)
+    for _, its_weights in ranks:
+        torch.testing.assert_close(its_weights, weights, atol=1e-5, rtol=0)

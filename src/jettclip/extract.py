@@ -156,7 +156,8 @@ def _ask(
         if batch is None:
             yield shard, unfinished.pop(shard)
             continue
-        features = teacher(to_device(batch, device))
+        batch = to_device(batch, device)
+        features = teacher(batch.image, batch.short_caption, batch.long_caption)
         rows.keys += info.keys
         for part, its_digests in digests.items():
             rows.features[part].append(getattr(features, part).to("cpu", dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from jettclip.settings import DataSettings
+from jettclip.settings import DataSettings, comma_separated
 
 Rules = list[tuple[object, str]]
 """Whether each rule is broken, and what to say then."""
@@ -39,6 +39,11 @@ def range_rules(args: Namespace) -> Rules:
         *(
             (getattr(args, name) < bound, f"{flag_of(name)} {getattr(args, name)} must be at least {bound}")
             for name, bound in least.items()
+        ),
+        (
+            args.force_context_length is not None and args.force_context_length < 3,
+            f"--force-context-length {args.force_context_length} leaves no word between the start and end tokens; "
+            "give 3 or more",
         ),
         (args.lr is not None and args.lr <= 0, f"--lr {args.lr} must be positive, such as 5e-4"),
         (args.wd < 0, f"--wd {args.wd} must be positive, or 0 for no weight decay"),
@@ -89,15 +94,44 @@ def combination_rules(args: Namespace, data: DataSettings) -> Rules:
             args.dataset_resampled and args.train_data and not args.train_num_samples,
             "--dataset-resampled has no end; give the length of an epoch with --train-num-samples",
         ),
+        *distillation_rules(args, data),
+    ]
+
+
+def distillation_rules(args: Namespace, data: DataSettings) -> Rules:
+    """Returns the rules for teachers that are asked in training."""
+    models, checkpoints = comma_separated(args.distill_model), comma_separated(args.distill_pretrained)
+    return [
         (
             (args.distill_model is None) != (args.distill_pretrained is None),
             "--distill-model and --distill-pretrained go together; OpenCLIP ignores one without the other",
         ),
         (
+            models and checkpoints and len(models) != len(checkpoints),
+            f"--distill-model {args.distill_model} names {len(models)} teachers, and --distill-pretrained "
+            f"{args.distill_pretrained} {len(checkpoints)} checkpoints; give one of them for each, separated by commas",
+        ),
+        (
             args.distill_model and data.features,
             "--distill-model computes teacher features that --features reads; give one of them",
         ),
+        (
+            args.distill_model and data.text_embeddings == "members",
+            "--distill-model reads captions, and with --text-embeddings members there are none; "
+            "keep captions in the shards, and the embeddings in a store that --text-embeddings names",
+        ),
+        (
+            data.features and data.text_embeddings == "members",
+            f"--features {data.features} belong to captions, and with --text-embeddings members there are none; "
+            "keep captions in the shards, and the embeddings in a store that --text-embeddings names",
+        ),
     ]
+
+
+def distillation_pairs(args: Namespace) -> list[tuple[str, str]]:
+    """Returns model and checkpoint of every teacher that ``--distill-model`` names."""
+    models, checkpoints = comma_separated(args.distill_model), comma_separated(args.distill_pretrained)
+    return list(zip(models, checkpoints, strict=True))
 
 
 def unsupported_flags(args: Namespace) -> Rules:
@@ -141,7 +175,7 @@ def is_unlogged(args: Namespace) -> bool:
 
 def trackers(args: Namespace) -> list[str]:
     """Returns the trackers that ``--report-to`` names."""
-    names = [name.strip() for name in args.report_to.split(",") if name.strip()]
+    names = comma_separated(args.report_to)
     return list(TRACKERS) if "all" in names else names
 
 

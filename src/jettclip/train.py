@@ -9,7 +9,7 @@ import torch
 from jettclip.data.pipeline import Loader
 from jettclip.engine.base import Engine
 from jettclip.losses.factory import Loss
-from jettclip.models.teacher import Teacher
+from jettclip.models.teacher import Ensemble
 from jettclip.progress import Progress
 from jettclip.report import Reporter
 from jettclip.types import Batch, BatchInfo, Features, LossReport, to_device
@@ -29,7 +29,7 @@ def train_one_epoch(
     schedule: Callable[[int], float],
     reporter: Reporter,
     report_every: int,
-    teacher: Teacher | None = None,
+    teachers: Ensemble | None = None,
 ) -> None:
     """Trains on every batch of one epoch, counted from 0.
 
@@ -42,13 +42,13 @@ def train_one_epoch(
     progress = Progress(epoch, loader, reporter, report_every)
     for step, batch in progress.steps():
         learning_rate = schedule(step)
-        report, features, norm = train_step(engine, loss, to_device(batch, device), loader.last_info, teacher)
+        report, features, norm = train_step(engine, loss, to_device(batch, device), loader.last_info, teachers)
         progress.update(step, report, loader.last_info, features.logit_scale.detach(), learning_rate, norm)
     progress.check_drops()
 
 
 def train_step(
-    engine: Engine, loss: Loss, batch: Batch, info: BatchInfo, teacher: Teacher | None = None
+    engine: Engine, loss: Loss, batch: Batch, info: BatchInfo, teachers: Ensemble | None = None
 ) -> tuple[LossReport, Features, float | None]:
     """Takes one step; returns the loss, the features it was computed from, and the gradient norm if it is clipped.
 
@@ -57,7 +57,7 @@ def train_step(
     """
     with engine.autocast():
         features: Features = engine.model(batch.image, batch.short_caption, batch.long_caption)
-        taught = teacher(batch) if teacher else batch.teacher
+        taught = teachers(batch.image, batch.teacher) if teachers else batch.teacher
     report: LossReport = loss(features, taught)
     engine.backward(report.total)
     check_finite(report, info)

@@ -31,13 +31,20 @@ class TeacherFeatures(NamedTuple):
     long: Tensor | None  # [b, Dt]
 
 
+class TeacherTokens(NamedTuple):
+    """The captions of a batch for teachers that are asked in training, each through its own tokenizer."""
+
+    short: list[Tensor]  # token ids int64 [b, L] for every teacher; empty for a view that they are not asked of
+    long: list[Tensor]  # the same
+
+
 class Batch(NamedTuple):
     """One step's input, in the order in which ``get_wds_dataset`` yields it."""
 
     image: Tensor  # uint8 (normalised by the model, on its device) or float, [b, 3, H, W]
     short_caption: Tensor | None  # token ids int64 [b, L], or float embeddings [b, D] for an adapter
     long_caption: Tensor | None  # the same
-    teacher: TeacherFeatures | None
+    teacher: TeacherFeatures | TeacherTokens | None  # the answers of teachers, or what to ask them, beside the image
 
 
 class BatchInfo(NamedTuple):
@@ -73,6 +80,13 @@ class TeacherInfo(NamedTuple):
     logit_scale: float  # S = exp(logit_scale) it was trained with
 
 
+class AdapterInfo(NamedTuple):
+    """A model that reads stored text embeddings instead of text, as the data must know it."""
+
+    model: str
+    width: int  # of the embeddings
+
+
 class LossReport(NamedTuple):
     """What is optimised, apart from what is only reported."""
 
@@ -91,7 +105,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     def move(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(device, non_blocking=True)
 
-    teacher = batch.teacher and TeacherFeatures(*map(move, batch.teacher))
+    teacher = batch.teacher
+    if isinstance(teacher, TeacherFeatures):
+        teacher = TeacherFeatures(*map(move, teacher))
+    elif teacher is not None:
+        teacher = TeacherTokens(*([ids.to(device, non_blocking=True) for ids in view] for view in teacher))
     return Batch(
         batch.image.to(device, non_blocking=True), move(batch.short_caption), move(batch.long_caption), teacher
     )

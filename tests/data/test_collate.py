@@ -7,7 +7,7 @@ from torch import Tensor
 from jettclip.data.collate import collate, longest_caption
 from jettclip.data.counts import DataError
 from jettclip.data.sample import Sample
-from jettclip.types import TeacherFeatures
+from jettclip.types import TeacherFeatures, TeacherTokens
 
 
 def make(number: int, image: Tensor | None = None, width: int = 6, teacher: bool = True) -> Sample:
@@ -34,6 +34,20 @@ def test_captions_are_cropped_to_the_longest() -> None:
     cropped = collate([make(0), make(1)], crop_captions=True).long_caption
     assert cropped is not None
     assert cropped.tolist() == [[49406, 1, 49407, 0], [49406, 1, 2, 49407]]
+
+
+@pytest.mark.parametrize("crop", [(False, True), (True, False)])
+def test_captions_are_cropped_for_the_teachers_that_ignore_padding(crop: tuple[bool, bool]) -> None:
+    samples = [make(number) for number in (0, 1)]
+    samples = [one._replace(teacher=TeacherTokens([], [one.long, one.long + 1])) for one in samples]  # type: ignore[arg-type, operator]
+    batch = collate(samples, False, crop)
+    assert isinstance(batch.teacher, TeacherTokens)
+    assert batch.teacher.short == []
+    assert [ids.shape for ids in batch.teacher.long] == [(2, 4 if cropped else 6) for cropped in crop]
+    assert batch.teacher.long[0][1, :4].tolist() == [49406, 1, 2, 49407]
+    assert batch.teacher.long[1][1, :4].tolist() == [49407, 2, 3, 49408]
+    assert batch.long_caption is not None
+    assert batch.long_caption.shape == (2, 6)
 
 
 def test_images_are_laid_out_by_channel_whatever_the_transform_left() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from jettclip.data.counts import DataError
 from jettclip.data.features import StoreInfo, digest, write_store
 from jettclip.data.pipeline import Loader, get_wds_dataset
+from jettclip.models.tokenizer import CachedTokenizer
 from jettclip.settings import DataSettings
 from jettclip.types import Batch, TeacherFeatures
 from support import caption, picture, sample, write_shard, write_shards
@@ -484,3 +485,24 @@ def test_an_epoch_that_is_left_early_leaves_nothing_open(workers: int, tmp_path:
     for _ in loader:
         break  # warnings of what stays open are errors here
     assert len(keys_of(loader)) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_captions_are_noted_once_by_the_loader_that_read_them(tmp_path: Path, workers: int) -> None:
+    lengths = [3, 9, 12, 4, 20, 10, 5, 6]  # words; four of them do not fit between the start and end of ten tokens
+    captions = [sample(n, png=picture(n), long_caption="dog " * words) for n, words in enumerate(lengths)]
+    urls = write_shard(tmp_path / "0.tar", captions)
+    tokenizer = CachedTokenizer(context_length=10)
+    train, evaluation = (
+        get_wds_dataset(
+            DataSettings(), urls, to_tensor, tokenizer, is_train=is_train, batch_size=2, views=["long"], workers=workers
+        )
+        for is_train in (True, False)
+    )
+    for epoch in range(2):
+        train.set_epoch(epoch)
+        noted: Counter[str] = Counter()
+        for _ in train:
+            noted.update(train.last_info.noted)
+            assert len(list(evaluation)) == 4  # reads the same captions meanwhile
+        assert noted == {"long caption truncated to 10 tokens": 4}

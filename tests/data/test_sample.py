@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from jettclip.data.counts import Dropped, Tally
-from jettclip.data.sample import SampleReader
+from jettclip.data.sample import SampleReader, TeacherTokenizer
 from jettclip.settings import SampleSettings
+from jettclip.types import TeacherTokens
 from support import caption, picture, sample, write_shard
 
 
@@ -108,6 +109,40 @@ def test_members_may_hold_embeddings() -> None:
     short, long = struct.pack("<3f", 1, 2, 3), struct.pack("<3f", 4, 5, 6)
     made = reader(embeddings="members").read(ordinary(short_caption=short, long_caption=long), 0, Tally())
     assert torch.equal(torch.stack([made.short, made.long]), torch.arange(1.0, 7).view(2, 3))  # type: ignore[list-item]
+
+
+def test_teachers_read_the_captions_through_their_own_tokenizers() -> None:
+    def spell(text: str) -> Tensor:
+        return torch.tensor([list(text.encode())])
+
+    teachers = [TeacherTokenizer(spell), TeacherTokenizer(lambda text: tokenize(text) + 100)]
+    for parts, short in ((("image", "short", "long"), [[*b"a dog"], [105]]), (("image", "long"), [])):
+        asked = SampleReader(
+            SampleSettings(), to_tensor, tokenize, ("short", "long"), teacher_parts=parts, teacher_tokenizers=teachers
+        )
+        made = asked.read(ordinary(), 0, Tally())
+        assert (made.short, made.long) == (torch.tensor([5]), torch.tensor([10]))  # the student's own
+        assert isinstance(made.teacher, TeacherTokens)
+        assert [ids.tolist() for ids in made.teacher.short] == short
+        assert [ids.tolist() for ids in made.teacher.long] == [[*b"a dog runs"], [110]]
+
+
+def test_captions_that_the_tokenizer_says_it_cut_are_noted() -> None:
+    class CutsToEight:
+        truncated = 3  # elsewhere, before
+
+        def __call__(self, text: str) -> Tensor:
+            self.truncated += len(text) > 8
+            return torch.zeros(1, 8)
+
+    reads = reader()
+    reads.tokenizer = CutsToEight()
+    tally = Tally()
+    for long_caption in ("a dog runs", "a dog", "a dog that runs"):
+        reads.read(ordinary(long_caption=long_caption), 0, tally)
+        assert "short caption truncated to 8 tokens" not in tally.noted
+    reads.read(ordinary(short_caption="a dog runs"), 0, tally)
+    assert tally.noted == {"long caption truncated to 8 tokens": 3, "short caption truncated to 8 tokens": 1}
 
 
 def test_no_member_is_wanted_but_images_and_the_declared_fields() -> None:

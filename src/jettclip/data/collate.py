@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from jettclip.data.counts import DataError
 from jettclip.data.sample import Sample
-from jettclip.types import Batch, TeacherFeatures
+from jettclip.types import VIEWS, Batch, TeacherFeatures, TeacherTokens
 
 
-def collate(samples: list[Sample], crop_captions: bool = False) -> Batch:
+def collate(samples: list[Sample], crop_captions: bool = False, crop_teachers: Sequence[bool] = ()) -> Batch:
     """Stacks samples into a batch.
+
+    Args:
+        samples: the rows.
+        crop_captions: crop token ids to the longest caption.
+        crop_teachers: the same for each teacher that is asked in training.
 
     Raises:
         DataError: if stored embeddings differ in width.
     """
-    short, long = (_stack([getattr(s, view) for s in samples], view, crop_captions) for view in ("short", "long"))
-    teacher = None
-    if samples[0].teacher is not None:
+    short, long = (_stack([getattr(s, view) for s in samples], view, crop_captions) for view in VIEWS)
+    teacher: TeacherFeatures | TeacherTokens | None = None
+    if isinstance(samples[0].teacher, TeacherFeatures):
         columns = zip(*(sample.teacher for sample in samples if sample.teacher), strict=True)
         teacher = TeacherFeatures(*(None if column[0] is None else torch.stack(column) for column in columns))
+    elif samples[0].teacher is not None:
+        asked = ([getattr(sample.teacher, view) for sample in samples] for view in VIEWS)
+        teacher = TeacherTokens(*(_stack_tokens(rows, crop_teachers) for rows in asked))
     # contiguous: torchvision's PILToTensor transposes by strides only, and CPU convolutions crawl on that layout
     return Batch(torch.stack([sample.image.contiguous() for sample in samples]), short, long, teacher)
 
@@ -32,8 +42,19 @@ def _stack(rows: list[Tensor | None], view: str, crop: bool) -> Tensor | None:
     widths = {row.shape[0] for row in present}
     if len(widths) > 1:
         raise DataError(f"the {view} captions of one batch have embeddings of widths {sorted(widths)}; mend the data")
-    stacked = torch.stack(present)
-    return stacked[:, : longest_caption(stacked)] if crop else stacked
+    return _crop(torch.stack(present), crop)
+
+
+def _stack_tokens(rows: list[list[Tensor]], crops: Sequence[bool]) -> list[Tensor]:
+    """Stacks the token ids of every teacher; there are none of a view that they are not asked of."""
+    if not rows[0]:
+        return []
+    columns = zip(*rows, strict=True)
+    return [_crop(torch.stack(column), crop) for column, crop in zip(columns, crops, strict=True)]
+
+
+def _crop(token_ids: Tensor, crop: bool) -> Tensor:
+    return token_ids[:, : longest_caption(token_ids)] if crop else token_ids
 
 
 def longest_caption(token_ids: Tensor) -> int:

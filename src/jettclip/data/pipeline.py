@@ -17,13 +17,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from jettclip.data.collate import collate
 from jettclip.data.counts import DataError, Tally, describe
 from jettclip.data.plan import Division, Slice, divide, drawn_with_replacement, stretch
-from jettclip.data.sample import Sample, SampleReader, Tokenizer
+from jettclip.data.sample import Sample, SampleReader, TeacherTokenizer, Tokenizer
 from jettclip.data.shards import Shard, find_shards
-from jettclip.data.store_group import StoreGroup, open_stores
+from jettclip.data.store_group import StoreGroup, check_width, open_stores
 from jettclip.data.streams import read_shard
 from jettclip.data.workers import run_workers
 from jettclip.settings import DataSettings
-from jettclip.types import Batch, BatchInfo, TeacherInfo
+from jettclip.types import AdapterInfo, Batch, BatchInfo, TeacherInfo
 
 SHUFFLE_START = 1000  # samples in the shuffle buffer before the first one leaves it, as in OpenCLIP
 
@@ -140,12 +140,14 @@ def get_wds_dataset(
     settings: DataSettings,
     urls: str | Sequence[str],
     preprocess: Callable[[Image.Image], Tensor],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     is_train: bool,
     batch_size: int,
     views: Sequence[str] = ("short", "long"),
     teacher_parts: Sequence[str] = ("image", "short", "long"),
+    teacher_tokenizers: Sequence[TeacherTokenizer] = (),
+    adapter: AdapterInfo | None = None,
     crop_captions: bool = False,
     num_samples: int | None = None,
     resampled: bool = False,
@@ -164,11 +166,14 @@ def get_wds_dataset(
         settings: caption fields, feature stores, limits.
         urls: shards, with braces, joined by ``::``, or a list of such.
         preprocess: PIL image to uint8 or float tensor [3, H, W].
-        tokenizer: caption to token ids [1, L].
+        tokenizer: caption to token ids [1, L]; None where `settings` say that captions are stored embeddings.
         is_train: shuffled full batches, the same number on every rank; otherwise every sample once, in order.
         batch_size: rows of a batch on this rank.
         views: the captions to read, of ``short`` and ``long``.
-        teacher_parts: what to read from the feature stores that `settings` names.
+        teacher_parts: what to read from the feature stores that `settings` names, or to ask teachers of.
+        teacher_tokenizers: of teachers that are asked in training, whose token ids the batch then carries in place of
+            stored features.
+        adapter: what reads stored embeddings, whose width they must have; any width will do if it is None.
         crop_captions: crop token ids to the longest caption of the batch; exact for towers whose embedding does not
             depend on padding.
         num_samples: samples of an epoch, over all ranks; the whole data set by default, and at most in evaluation.
@@ -179,8 +184,8 @@ def get_wds_dataset(
         seed: of the order and of the random transform.
 
     Raises:
-        DataError: if shards or stores are missing, or hold less than one batch a rank.
-        ValueError: if `teacher_parts` names a view that is not read.
+        DataError: if shards or stores are missing, hold less than one batch a rank, or embeddings of another width.
+        ValueError: if `teacher_parts` names a view that is not read, or there is no tokenizer for captions of text.
     """
     resampled = resampled and is_train
     shards = find_shards(urls, weights, resampled=resampled, allow_pipe=settings.allow_pipe_urls)
@@ -192,19 +197,36 @@ def get_wds_dataset(
     )
     stores: StoreGroup | None = None
     embeddings: StoreGroup | Literal["members"] | None = "members" if settings.text_embeddings == "members" else None
+    unread = sorted({*teacher_parts} - {"image", *views})
+    if unread and (settings.feature_stores or teacher_tokenizers):
+        raise ValueError(f"teacher_parts {unread} need captions that views {[*views]} leaves out; add them there")
     if settings.feature_stores and teacher_parts:
-        unread = sorted({*teacher_parts} - {"image", *views})
-        if unread:
-            raise ValueError(f"teacher_parts {unread} need captions that views {[*views]} leaves out; add them there")
         stores = open_stores_of(settings.feature_stores)
     if settings.text_embeddings and not embeddings:
         embeddings = open_stores_of([settings.text_embeddings])
-    reader = SampleReader(settings, preprocess, tokenizer, tuple(views), stores, tuple(teacher_parts), embeddings, seed)
+        if adapter:
+            check_width(embeddings, adapter)
+    reader = SampleReader(
+        settings,
+        preprocess,
+        tokenizer,
+        tuple(views),
+        stores=stores,
+        teacher_parts=tuple(teacher_parts),
+        embeddings=embeddings,
+        seed=seed,
+        teacher_tokenizers=teacher_tokenizers,
+        adapter=adapter,
+    )
     dataset = ShardPipeline(
         shards,
         reader,
         divide(sum(shard.size for shard in shards), num_samples, batch_size, is_train, rank, world_size, workers),
-        collate=partial(collate, crop_captions=crop_captions and not settings.text_embeddings),
+        collate=partial(
+            collate,
+            crop_captions=crop_captions and not settings.text_embeddings,
+            crop_teachers=[teacher.crop for teacher in teacher_tokenizers],
+        ),
         settings=settings,
         resampled=resampled,
         seed=seed,

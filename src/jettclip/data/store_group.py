@@ -10,7 +10,7 @@ import torch
 from jettclip.data.counts import DataError, Dropped
 from jettclip.data.features import Store, StoreInfo, store_path
 from jettclip.data.streams import is_local
-from jettclip.types import TeacherFeatures, TeacherInfo
+from jettclip.types import AdapterInfo, TeacherFeatures, TeacherInfo
 
 OPEN_SHARDS = 16
 """Shards whose stores stay open, since a shuffle buffer mixes the samples of several; 10,000 keys take some 2 MB."""
@@ -96,7 +96,7 @@ def open_stores(shards: Sequence[str], names: Sequence[str], folder: str, on_mis
         if len(missing) == len(paths) or (missing and on_missing == "error"):
             raise DataError(
                 f"{len(missing)} of {len(paths)} stores of {name!r} are missing, the first is {missing[0]}; "
-                "extract them with scripts/extract_features.py, or check --features and --features-dir"
+                "extract them with scripts/extract_features.py, or check the name and --features-dir"
             )
         try:
             expected.append(Store(next(path for path in paths if os.path.exists(path))).info)
@@ -104,6 +104,16 @@ def open_stores(shards: Sequence[str], names: Sequence[str], folder: str, on_mis
             raise DataError(f"{problem}; extract it again") from problem
     check_places(shards, folder)
     return StoreGroup(names, folder, expected, on_missing)
+
+
+def check_width(stores: StoreGroup, adapter: AdapterInfo) -> None:
+    """Raises DataError if text embeddings of these stores are of another width than the adapter reads."""
+    for name, info in zip(stores.names, stores.expected, strict=True):
+        if info.width != adapter.width:
+            raise DataError(
+                f"the embeddings of store {name!r} have width {info.width}, and {adapter.model} reads {adapter.width}; "
+                "choose the --model for that width, or another store with --text-embeddings"
+            )
 
 
 def check_places(shards: Sequence[str], folder: str) -> None:
