@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
-from jettclip.build import Place, build_evaluator, build_schedule, build_teacher
-from jettclip.models import config
-from jettclip.models.factory import create_model
+from jettclip import get_tokenizer
+from jettclip.build import Place, build_engine, build_evaluator, build_schedule, build_teachers, build_train_loader
+from jettclip.losses.factory import create_loss
+from jettclip.models.teacher import Ensemble, Teacher
 from jettclip.params import parse_args
-from support import tiny_towers
+from jettclip.settings import LossSettings
+from jettclip.types import TeacherTokens
+from support import caption, tiny_towers, write_shards
 
 PLACE = Place(torch.device("cpu"))
 
@@ -20,42 +23,55 @@ def parse(*flags: str) -> Namespace:
     return parse_args(["--train-data", "x.tar", "--model", "Nano-248", *flags]).args
 
 
-def distil(monkeypatch: pytest.MonkeyPatch, *flags: str, **changed: Any) -> None:
-    """Builds Nano-248 with some other settings as the teacher of Nano-248."""
-    known = config.get_model_config("Nano-248")
-    text_cfg = {**known.text_cfg, **changed.pop("text_cfg", {})}
-    teacher = config.ModelConfig(**{**vars(known), "name": "Other", "text_cfg": text_cfg, **changed})
-
-    def find(name: str) -> config.ModelConfig:
-        return teacher if name == "Other" else known
-
-    monkeypatch.setattr("jettclip.models.factory.get_model_config", find)
-    monkeypatch.setattr("jettclip.models.factory.find_weights", lambda *_: (None, {}))
-    args = parse("--distill-model", "Other", "--distill-pretrained", "any", *flags)
-    assert build_teacher(args, create_model("Nano-248"), PLACE) is not None
-
-
-def test_a_teacher_that_reads_the_students_batches_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    distil(monkeypatch)
-    distil(monkeypatch, text_cfg={"context_length": 77})
-    distil(monkeypatch, preprocess_cfg={"mean": [0.1, 0.1, 0.1], "std": [1, 1, 1]})  # images travel as uint8
-    assert build_teacher(parse(), tiny_towers(), PLACE) is None
-
-
-@pytest.mark.parametrize(
-    ("flags", "changed", "reason"),
-    [
-        ([], {"vision_cfg": {"image_size": 64, "timm_model_name": "convmixer_nano", "timm_proj": None}}, "64 pixels"),
-        ([], {"text_cfg": {"tokenizer_kwargs": {"clean": "canonicalize"}}}, "another tokenizer"),
-        ([], {"text_cfg": {"pool_type": "last", "context_length": 77}, "mask_padding": False}, "77 tokens only"),
-        (["--aug-cfg", "use_timm=True"], {"preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}, "mean and std"),
-    ],
-)
-def test_a_teacher_that_cannot_read_the_students_batches_is_refused(
-    flags: list[str], changed: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+def test_every_named_teacher_is_built_from_its_own_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ValueError, match=rf"{reason}.*extract its features"):
-        distil(monkeypatch, *flags, **changed)
+    known = {
+        ("ViT-L-14", "openai"): tiny_towers(size=12, context_length=20, logit_scale=60),
+        ("Nano-248", "weights.pt"): tiny_towers(size=24, mean=(0.1, 0.1, 0.1), width=10, logit_scale=30),
+    }
+    monkeypatch.setattr("jettclip.build.create_model", lambda name, pretrained, **_: known[name, pretrained])
+    args = parse("--distill-model", "ViT-L-14, Nano-248", "--distill-pretrained", "openai,weights.pt")
+    with caplog.at_level(logging.INFO):
+        ensemble = build_teachers(args, tiny_towers(), PLACE)
+    assert ensemble is not None
+    assert [teacher.model for teacher in ensemble.teachers] == list(known.values())
+    assert ensemble.infos == [("ViT-L-14", 16, pytest.approx(60)), ("Nano-248", 10, pytest.approx(30))]
+    assert "ViT-L-14 sees the student's views at 12 x 12 pixels and reads the first 20 tokens" in caplog.text
+    assert "Nano-248 sees the student's views at 24 x 24 pixels and reads the first 32 tokens" in caplog.text
+
+
+def test_there_are_no_teachers_unless_there_is_something_to_teach() -> None:
+    assert build_teachers(parse(), tiny_towers(), PLACE) is None
+    teacher = ["--distill-model", "Nano-248", "--distill-pretrained", "not even looked for"]
+    evaluation = parse_args(["--val-data", "x.tar", "--model", "Nano-248", *teacher]).args
+    assert build_teachers(evaluation, tiny_towers(), PLACE) is None
+
+
+def test_the_loader_brings_each_teacher_the_token_ids_of_its_tokenizer(tmp_path: Path) -> None:
+    student = tiny_towers(context_length=10)
+    causal, bidirectional = tiny_towers(causal=True), tiny_towers(mask_padding=False)
+    ensemble = Ensemble([Teacher(causal, "ViT-B-32"), Teacher(bidirectional, "Nano-248")], student.mean, student.std)
+    options = parse_args(
+        [
+            "--train-data", write_shards(tmp_path, [8]), "--model", "Nano-248", "--workers", "0", "--batch-size", "8",
+            "--loss", "1*clip@long + 1*clip@short + 1*kd@long",
+        ]
+    )  # fmt: skip
+    loader = build_train_loader(options, student, lambda _: torch.zeros(3, 2, 2), ensemble, PLACE)
+    assert loader is not None
+    (batch,) = loader
+    captions = [caption(int(key)) for key in loader.last_info.keys]
+    assert isinstance(batch.teacher, TeacherTokens)
+    assert batch.teacher.short == []  # which no term distils
+    cropped, whole = batch.teacher.long
+    assert torch.equal(whole, get_tokenizer("Nano-248")(captions))  # its tower does not ignore padding
+    uncropped = get_tokenizer("ViT-B-32")(captions)
+    assert torch.equal(cropped, uncropped[:, : cropped.shape[1]])
+    assert not uncropped[:, cropped.shape[1] :].any()
+    assert cropped.shape[1] < 77
+    assert batch.long_caption is not None
+    assert batch.long_caption.shape == (8, 10)
 
 
 def test_captions_whose_end_cannot_be_told_are_not_truncated() -> None:
@@ -91,3 +107,10 @@ def test_a_warmup_that_is_never_over_is_warned_of(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         build_schedule(parse("--lr", "1", "--warmup", "50", "--epochs", "2"), optimizer, epoch_steps=3)
     assert "--warmup 50 is not over in the 6 steps" in caplog.text
+
+
+def test_synchronised_batch_norm_is_refused_on_the_cpu() -> None:
+    args, towers = parse("--use-bn-sync", "--precision", "fp32"), tiny_towers()
+    loss = create_loss(LossSettings("clip@long"), towers.embed_dim)
+    with pytest.raises(ValueError, match="--use-bn-sync needs GPUs"):
+        build_engine(args, towers, loss, PLACE)

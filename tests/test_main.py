@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from jettclip import main as main_module
 from jettclip.checkpoint import save_checkpoint
 from jettclip.main import main
 from jettclip.models import config
+from jettclip.models.factory import create_model
+from jettclip.models.positions import stretch_positions
 from jettclip.models.two_towers import TwoTowers
 from jettclip.report import METRICS, read_metrics
 from support import sample, write_shard, write_shards
@@ -38,22 +40,15 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Adds the model Tiny, and puts logging back."""
+def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_logging: None) -> Iterator[None]:
+    """Adds the model Tiny."""
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "Tiny.json").write_text(json.dumps(TINY))
     monkeypatch.setattr(config, "FOLDER", folder)
     config._ours.cache_clear()
-    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
     yield
     config._ours.cache_clear()
-    for handler in logging.getLogger().handlers:
-        if handler not in handlers:
-            handler.close()
-    logging.getLogger().handlers[:] = handlers
-    logging.getLogger().setLevel(level)
-    logging.captureWarnings(False)
 
 
 def flags(folder: Path, name: str, **changed: Any) -> list[str]:
@@ -237,6 +232,39 @@ def test_gradient_checkpointing_is_switched_on(data: Path, monkeypatch: pytest.M
     assert len(switched) == 1
 
 
+def test_a_run_learns_from_two_teachers_that_have_little_in_common(data: Path) -> None:
+    other = {
+        **TINY,
+        "embed_dim": 24,
+        "vision_cfg": {**TINY["vision_cfg"], "image_size": 64},
+        "text_cfg": {**TINY["text_cfg"], "context_length": 10, "tokenizer_kwargs": {"clean": "canonicalize"}},
+        "preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"},
+    }  # fmt: skip
+    (data / "configs" / "Other.json").write_text(json.dumps(other))
+    config._ours.cache_clear()
+    for name in ("Tiny", "Other"):
+        save_file(create_model(name).state_dict(), data / f"{name}.safetensors")
+    teachers = {
+        "distill-model": "Tiny,Other", "distill-pretrained": f"{data}/Tiny.safetensors,{data}/Other.safetensors",
+        "loss": "1*clip@long + 1*kd@long + 1*kd@short", "epochs": 1, "batch-size": 14,
+    }  # fmt: skip
+    assert main(flags(data, "a", workers=1, **teachers)) == 0
+    assert [line["step"] for line in metrics(data, "a")] == [1, 2]
+    assert all(line["kd@long"] > 0 for line in metrics(data, "a"))
+    assert (data / "logs/a/out.log").read_text().count("INFO Teacher ") == 2
+    saved, student = load_file(data / "logs/a/checkpoints/epoch_1/model.safetensors"), create_model("Tiny")
+    assert saved.keys() == student.state_dict().keys()
+    assert not list((data / "logs/a/checkpoints/epoch_1").glob("*teacher*"))
+    timm = [*flags(data, "b", **teachers), "--aug-cfg", "use_timm=True"]  # whose images come as normalised floats
+    assert main(timm) == 0
+
+
+def test_an_unknown_teacher_ends_the_run(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    teachers = {"distill-model": "Tiny,Tinny", "distill-pretrained": "x,y", "loss": "jettclip"}
+    assert main(flags(data, "a", **teachers)) == 1
+    assert "'Tinny' is not known; did you mean Tiny" in caplog.text
+
+
 def torchrun(arguments: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Launches two ranks; the -- keeps torchrun from taking --logs for a flag of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
@@ -284,3 +312,86 @@ def test_a_rank_that_fails_ends_the_run_on_all(data: Path) -> None:
     done = torchrun(flags(data, "bad", **bad), timeout=120)
     assert done.returncode != 0
     assert "image is missing" in done.stderr
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+def bad_checkpoint(kind: str, folder: Path) -> Path:
+    path = folder / f"{kind}.pt"
+    if kind == "code":
+        torch.save({"state_dict": {"a": torch.zeros(1)}, "x": Malicious()}, path)
+    elif kind == "other":
+        torch.save(create_model("Tiny", force_context_length=20).state_dict() | {"text.more": torch.zeros(1)}, path)
+    else:
+        torch.save(create_model("Tiny").state_dict(), path)
+        path.write_bytes(path.read_bytes()[:-200] if kind == "truncated" else b"\0" * 999)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"model": "Tinny"}, "model 'Tinny' is not known; did you mean Tiny"),
+        ({"pretrained": "corrupt"}, "corrupt.pt cannot be read as a checkpoint"),
+        ({"pretrained": "truncated"}, "truncated.pt cannot be read as a checkpoint"),
+        ({"pretrained": "code"}, "code.pt cannot be read as a checkpoint"),
+        (
+            {"pretrained": "other", "position-keep": 5},
+            "other.pt does not fit the model, 1 keys differ: unknown text.more",
+        ),
+        ({"pretrained": "other", "force-context-length": 15}, r"embedding is \[20, 16\], the model's is \[15, 16\]"),
+        ({"pretrained": "absent"}, "'absent' is neither a file or folder nor a tag of Tiny"),
+        ({"freeze-position-prefix": 41}, "--freeze-position-prefix 41 must be a number of the tower's 40 positions"),
+        ({"force-patch-dropout": 0.5}, "--force-patch-dropout 0.5: the image tower of Tiny has no patches"),
+        ({"pretrained-image-from": "absent"}, "--pretrained-image-from 'absent' is neither"),
+    ],
+)
+def test_a_model_that_cannot_be_built_ends_the_run_with_one_line(
+    changed: dict[str, Any],
+    expected: str,
+    data: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(data)
+    if changed.get("pretrained", "absent") != "absent":
+        changed = {**changed, "pretrained": bad_checkpoint(changed["pretrained"], data)}
+    assert main(flags(data, "a", logs="none", **changed)) == 1
+    said = [*(record.getMessage() for record in caplog.records), *capsys.readouterr().err.splitlines()]
+    (error,) = [line for line in said if re.search(expected, line)]
+    assert "\n" not in error
+    assert "Traceback" not in "".join(said)
+    assert not Path("executed").exists()
+
+
+def test_an_unknown_model_leaves_no_folder_behind(data: Path) -> None:
+    assert main(flags(data, "a", model="Tinny")) == 1
+    assert not (data / "logs").exists()
+
+
+def test_frozen_positions_stay_as_they_were_stretched(data: Path) -> None:
+    torch.save(create_model("Tiny", force_context_length=20).state_dict(), data / "short.pt")
+    line = flags(data, "a", **{"pretrained": data / "short.pt", "position-keep": 5, "freeze-position-prefix": 9})
+    assert main([*line, "--position-tail=interpolate"]) == 0
+    before = torch.load(data / "short.pt", weights_only=True)["text.positional_embedding"]
+    after = load_file(data / "logs/a/checkpoints/epoch_3/model.safetensors")["text.positional_embedding"]
+    expected = stretch_positions(before, 40, keep=5, tail="interpolate")
+    assert torch.equal(after[:9], expected[:9])
+    assert not (after[9:13] == expected[9:13]).all(dim=1).any()  # those behind were not reached by any caption
+
+
+def test_a_run_that_never_began_leaves_its_name(data: Path) -> None:
+    assert main(flags(data, "a", epochs=1, pretrained="absent")) == 1
+    assert main(flags(data, "a", epochs=1)) == 0
+
+
+def test_captions_are_cut_at_the_length_that_a_checkpoint_was_trained_with(data: Path) -> None:
+    assert main(flags(data, "a", epochs=1, **{"force-context-length": 12})) == 0
+    assert main(flags(data, "b", epochs=1, pretrained=data / "logs/a/checkpoints/epoch_1")) == 0
+    saved = load_file(data / "logs/b/checkpoints/epoch_1/model.safetensors")
+    assert saved["text.positional_embedding"].shape[0] == 12
+    assert any("truncated to 12 tokens" in event for event in metrics(data, "b")[-1]["noted"])

@@ -24,6 +24,7 @@ USED = [  # what this project calls of OpenCLIP, with the arguments that it pass
     (openclip.const_lr_cooldown, ["optimizer", "base_lr", "warmup_length", "steps", "cooldown_steps"]),
     (openclip.convert_to_custom_text_state_dict, ["state_dict"]),
     (openclip.cosine_lr, ["optimizer", "base_lr", "warmup_length", "steps"]),
+    (openclip.create_model, ["model_name", "pretrained", "force_context_length", "force_quick_gelu"]),
     (openclip.download_pretrained, ["cfg", "cache_dir"]),
     (openclip.get_autocast, ["precision", "device_type"]),
     (openclip.get_model_config, ["model_name"]),
@@ -32,7 +33,7 @@ USED = [  # what this project calls of OpenCLIP, with the arguments that it pass
     (openclip.image_transform_v2, ["cfg", "is_train", "aug_cfg"]),
     (openclip.init_distributed_device_so, ["device", "dist_backend", "dist_url", "no_set_device_rank"]),
     (openclip.list_pretrained_tags_by_model, ["model"]),
-    (openclip.load_state_dict, ["checkpoint_path", "device", "weights_only"]),
+    (openclip.convert_state_dict, ["model", "state_dict"]),
     (openclip.resize_pos_embed, ["state_dict", "model"]),
     (openclip.ResidualAttentionBlock, ["d_model", "n_head", "mlp_ratio", "ls_init_value", "act_layer", "norm_layer"]),
     (openclip.ResidualAttentionBlock.attention, ["self", "q_x", "k_x", "v_x", "attn_mask"]),
@@ -62,6 +63,17 @@ def test_a_text_transformer_has_the_attributes_that_are_read() -> None:
     assert (tower.pool_type, tower.cls_emb, tower.context_length, tower.width, tower.heads) == ("argmax", None, 8, 8, 2)
     assert type(tower.transformer.resblocks[0]) is openclip.ResidualAttentionBlock
     assert tower.positional_embedding.shape == (8, 8)
+
+
+def test_a_tokenizer_has_the_attributes_that_are_read() -> None:
+    tokenizer = openclip.SimpleTokenizer()
+    assert tokenizer.clean_fn is openclip.get_clean_fn("lower")
+    assert tokenizer.reduction_fn is None
+    assert (tokenizer.sot_token_id, tokenizer.eot_token_id, tokenizer.context_length) == (49406, 49407, 77)
+    assert set(tokenizer.cache) == {"<start_of_text>", "<end_of_text>"}
+    assert tokenizer.pat.findall("it's 12") == ["it", "'s", "1", "2"]
+    assert [tokenizer.encoder[part] for part in tokenizer.bpe("dog").split(" ")] == [1929]
+    assert len(tokenizer.byte_encoder) == 256
 
 
 def test_every_name_of_the_seam_is_there_and_used() -> None:

@@ -88,11 +88,18 @@ def test_an_unknown_flag_exits_with_status_2(capsys: pytest.CaptureFixture[str])
 
 def test_all_mistakes_are_shown_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     said = errors(
-        capsys, "--train-data", "x.tar", "--lr", "-1", "--horovod", "--model", "Nano248", "--label-smoothing", "2",
-        "--val-truncate", "1", "--precision", "pure_fp16",
+        capsys, "--train-data", "x.tar", "--lr", "-1", "--horovod", "--position-keep=0", "--pretrained=x",
+        "--label-smoothing", "2", "--val-truncate", "1", "--precision", "pure_fp16",
     )  # fmt: skip
     assert "6 mistakes" in said
-    for part in ("--lr -1.0", "--horovod", "Nano-248", "--label-smoothing 2", "--val-truncate 1", "use amp_bf16"):
+    for part in (
+        "--lr -1.0",
+        "--horovod",
+        "--position-keep 0",
+        "--label-smoothing 2",
+        "--val-truncate 1",
+        "use amp_bf16",
+    ):
         assert part in said
 
 
@@ -111,13 +118,19 @@ def test_all_mistakes_are_shown_at_once(capsys: pytest.CaptureFixture[str]) -> N
         (["--features", "vitl"], "goes unused"),
         (["--loss", "1*clip@medium"], "clip@medium"),
         (["--distill-model", "ViT-B-32"], "--distill-pretrained"),
+        (["--distill-model=RN50", "--distill-pretrained=x", "--loss=longclip"], "--distill-model 'RN50' goes unused"),
         (["--features-dir", "x"], "--features-dir x"),
         (["--max-drop-rate", "5"], "between 0 and 1"),
+        (["--position-keep", "9"], "-tail say how a checkpoint's positions are stretched; add --pretrained"),
+        (["--force-context-length", "2"], "--force-context-length 2 leaves no word"),
+        (["--position-ratio", "nan"], "--position-ratio nan must be positive"),
+        (["--position-ratio", "0"], "--position-ratio 0 must be positive"),
+        (["--freeze-position-prefix", "-1"], "--freeze-position-prefix -1"),
         (["--lr-scheduler", "linear"], "cosine"),
         (["--batch-size", "0"], "at least 1"),
         (["--opt", "lion"], "timm/lion"),
         (["--resume", "latest"], "--name"),
-        (["--text-embeddings", "members"], "no model reads stored embeddings yet"),
+        (["--text-embeddings", "members"], "reads text; leave it out"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(

@@ -60,6 +60,12 @@ def test_counts_of_the_epoch_are_reported_by_reason() -> None:
     assert recorder.lines[-1][2]["dropped_by_reason"] == {"image is missing": 6}
 
 
+def test_the_log_line_ends_with_what_was_dropped_and_noted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        follow(0, [1, 1], every=2, dropped=3)
+    assert caplog.messages[-1].endswith("dropped image is missing 6  noted 2")
+
+
 def test_more_drops_than_allowed_stop_the_run_after_the_epoch() -> None:
     progress, _ = follow(0, [1, 1, 1], every=1, dropped=1)  # 3 of 9
     with pytest.raises(DataError, match=r"3 of 9 samples were dropped \(image is missing 3\)"):

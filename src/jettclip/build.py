@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from jettclip import openclip
 from jettclip.data.pipeline import Loader, get_wds_dataset
+from jettclip.data.sample import TeacherTokenizer, Tokenizer
 from jettclip.engine.base import Student
 from jettclip.engine.ddp import DDPEngine
 from jettclip.engine.optimizer import create_optimizer
@@ -25,19 +26,13 @@ from jettclip.evaluate.runner import Evaluator
 from jettclip.evaluate.zero_shot import imagenet_folder, zero_shot_metrics
 from jettclip.losses.factory import Loss, teacher_parts_of, views_of
 from jettclip.losses.formula import find_recipe
-from jettclip.models.factory import (
-    Transform,
-    create_model,
-    create_model_and_transforms,
-    get_tokenizer,
-    same_tokenizer,
-)
-from jettclip.models.teacher import Teacher
+from jettclip.models.factory import Transform, create_model, create_model_and_transforms, get_tokenizer
+from jettclip.models.teacher import Ensemble, Teacher
 from jettclip.models.two_towers import TwoTowers
 from jettclip.params import Options, all_settings
 from jettclip.report import Reporter
-from jettclip.rules import trackers
-from jettclip.types import VIEWS
+from jettclip.rules import distillation_pairs, trackers
+from jettclip.types import VIEWS, AdapterInfo
 
 
 class Place(NamedTuple):
@@ -48,8 +43,9 @@ class Place(NamedTuple):
     world_size: int = 1
 
 
-def build_model(args: Namespace, place: Place) -> tuple[TwoTowers, Transform, Transform]:
+def build_model(options: Options, place: Place) -> tuple[TwoTowers, Transform, Transform]:
     """Builds the student on its device, with the towers locked as asked, and its transforms, which end in uint8."""
+    args = options.args
     model, train, val = create_model_and_transforms(
         args.model,
         args.pretrained or None,
@@ -64,6 +60,7 @@ def build_model(args: Namespace, place: Place) -> tuple[TwoTowers, Transform, Tr
         image_interpolation=args.image_interpolation,
         image_resize_mode=args.image_resize_mode,
         cache_dir=args.cache_dir,
+        settings=options.model,
         aug_cfg=args.aug_cfg,
     )
     if args.lock_image:
@@ -72,55 +69,52 @@ def build_model(args: Namespace, place: Place) -> tuple[TwoTowers, Transform, Tr
         model.lock_text_tower(args.lock_text_unlocked_layers, args.lock_text_freeze_layer_norm)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
+    if args.train_data:
+        model.train()  # raises for a model that cannot be trained
     return model, openclip.keep_uint8(train), openclip.keep_uint8(val)
 
 
-def build_teacher(args: Namespace, student: TwoTowers, place: Place) -> Teacher | None:
-    """Builds the model of ``--distill-model``, if there is one.
-
-    Raises:
-        ValueError: if it cannot read the student's batches.
-    """
-    if not args.distill_model:
+def build_teachers(args: Namespace, student: TwoTowers, place: Place) -> Ensemble | None:
+    """Builds the models of ``--distill-model``, which the training asks, if there are any."""
+    if not (args.distill_model and args.train_data):
         return None
-    model = create_model(args.distill_model, args.distill_pretrained, device=place.device, cache_dir=args.cache_dir)
-    found = []
-    sizes = [towers.preprocess_cfg["size"] for towers in (model, student)]
-    if sizes[0] != sizes[1]:
-        found.append(f"takes images of {sizes[0]} pixels, not of {sizes[1]}")
-    pixels = [torch.cat([towers.mean, towers.std]) for towers in (model, student)]
-    if args.aug_cfg.get("use_timm") and not torch.equal(*pixels):
-        found.append("has another mean and std than those by which timm's augmentation normalises")
-    if not same_tokenizer(args.distill_model, args.model):
-        found.append("has another tokenizer")
-    elif model.context_length < student.context_length and not model.end_token_is_largest:
-        found.append(f"reads {model.context_length} tokens only, and where a caption ends cannot be told from its ids")
-    if found:
-        raise ValueError(
-            f"--distill-model {args.distill_model} cannot read the batches of {args.model}: it {', and '.join(found)}; "
-            "extract its features with scripts/extract_features.py and train with --features"
+    teachers = []
+    for name, pretrained in distillation_pairs(args):
+        model = create_model(name, pretrained, device=place.device, cache_dir=args.cache_dir)
+        teacher = Teacher(model, name)
+        height, width = teacher.image_size
+        logging.info(
+            f"Teacher {name} sees the student's views at {height} x {width} pixels and reads the first "
+            f"{model.context_length} tokens of a caption; its logit scale is {teacher.info.logit_scale:.1f}"
         )
-    return Teacher(model, args.distill_model)
+        teachers.append(teacher)
+    return Ensemble(teachers, student.mean, student.std)
 
 
 def build_train_loader(
-    options: Options, model: TwoTowers, transform: Transform, teacher: Teacher | None, place: Place
+    options: Options, model: TwoTowers, transform: Transform, teachers: Ensemble | None, place: Place
 ) -> Loader | None:
     """Builds the loader of ``--train-data``, if there is any."""
     args = options.args
     if not args.train_data:
         return None
     formula = find_recipe(options.loss).formula
+    teacher_tokenizers = [
+        TeacherTokenizer(get_tokenizer(teacher.name, cache_dir=args.cache_dir), teacher.model.ignores_padding)
+        for teacher in (teachers.teachers if teachers else [])
+    ]
     loader = get_wds_dataset(
         options.data,
         args.train_data,
         transform,
-        get_tokenizer(args.model, args.force_context_length, cache_dir=args.cache_dir),
+        build_tokenizer(args, model),
         is_train=True,
         batch_size=args.batch_size,
         views=views_of(formula),
         teacher_parts=teacher_parts_of(formula),
-        crop_captions=model.ignores_padding and (teacher is None or teacher.model.ignores_padding),
+        teacher_tokenizers=teacher_tokenizers,
+        adapter=adapter_of(args, model),
+        crop_captions=model.ignores_padding,
         num_samples=args.train_num_samples,
         resampled=args.dataset_resampled,
         weights=args.train_data_upsampling_factors,
@@ -135,6 +129,18 @@ def build_train_loader(
     return loader
 
 
+def build_tokenizer(args: Namespace, model: TwoTowers) -> Tokenizer | None:
+    """Builds the student's tokenizer; an adapter, which reads stored embeddings, has none."""
+    if model.embedding_width is not None:
+        return None
+    return get_tokenizer(args.model, model.context_length, cache_dir=args.cache_dir)
+
+
+def adapter_of(args: Namespace, model: TwoTowers) -> AdapterInfo | None:
+    """Returns what the data must know of a student that reads stored embeddings, and None for any other."""
+    return None if model.embedding_width is None else AdapterInfo(args.model, model.embedding_width)
+
+
 def build_evaluator(options: Options, model: TwoTowers, transform: Transform, place: Place) -> Evaluator:
     """Builds what ``--val-data`` and ``--imagenet-val`` ask for."""
     args, device = options.args, place.device
@@ -142,7 +148,6 @@ def build_evaluator(options: Options, model: TwoTowers, transform: Transform, pl
         raise ValueError(
             f"--val-truncate: where captions of {args.model} end cannot be told from token ids; leave it out"
         )
-    tokenizer = get_tokenizer(args.model, args.force_context_length, cache_dir=args.cache_dir)
     autocast = openclip.get_autocast(args.precision, device_type=device.type)
     evaluator = Evaluator(
         device,
@@ -152,17 +157,20 @@ def build_evaluator(options: Options, model: TwoTowers, transform: Transform, pl
         truncate=options.evaluation.val_truncate,
     )
     if args.val_data:
-        views = set(views_of(find_recipe(options.loss).formula)) | {"long"}
-        if options.data.short_caption_policy != "none":  # else a sample without a short caption would be dropped
-            views.add("short")
+        views = set(views_of(find_recipe(options.loss).formula))
+        if not options.data.text_embeddings:  # which need not be there for a view that the loss does not read
+            views.add("long")
+            if options.data.short_caption_policy != "none":  # else a sample without a short caption would be dropped
+                views.add("short")
         evaluator.val = get_wds_dataset(
             replace(options.data, features=""),
             args.val_data,
             transform,
-            tokenizer,
+            build_tokenizer(args, model),
             is_train=False,
             batch_size=args.batch_size,
             views=[view for view in VIEWS if view in views],
+            adapter=adapter_of(args, model),
             crop_captions=model.ignores_padding,
             num_samples=args.val_num_samples,
             workers=args.workers,
@@ -172,7 +180,7 @@ def build_evaluator(options: Options, model: TwoTowers, transform: Transform, pl
     if args.imagenet_val:
         evaluator.zero_shot = partial(
             zero_shot_metrics,
-            tokenizer=tokenizer,
+            tokenizer=get_tokenizer(args.model, model.context_length, cache_dir=args.cache_dir),
             images=imagenet_folder(args.imagenet_val, transform),
             batch_size=args.batch_size,
             workers=args.workers,
@@ -186,6 +194,8 @@ def build_engine(args: Namespace, model: TwoTowers, loss: Loss, place: Place) ->
     """Builds the engine around the student and its loss, and the optimizer, for the schedule."""
     if place.device.type == "cpu" and args.precision != "fp32":
         logging.warning(f"--precision {args.precision} is much slower than fp32 on most CPUs; try --precision fp32")
+    if args.use_bn_sync and place.device.type == "cpu":
+        raise ValueError("--use-bn-sync needs GPUs, torch has no synchronised BatchNorm for the CPU; leave it out")
     student = Student(model, loss).to(place.device)
     optimizer = create_optimizer(
         student,

@@ -17,6 +17,7 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,8 +46,16 @@ class Position:
     step: int  # steps taken
 
 
-def save_checkpoint(folder: Path, engine: Engine, position: Position) -> Path | None:
+def save_checkpoint(
+    folder: Path, engine: Engine, position: Position, described: Mapping[str, str] | None = None
+) -> Path | None:
     """Writes ``epoch_<n>`` into a folder; every rank must call it, rank 0 writes.
+
+    Args:
+        folder: the run's checkpoints.
+        engine: what to save.
+        position: how far training has come.
+        described: what stands beside the weights, as the metadata of their file.
 
     Returns:
         the checkpoint, on rank 0.
@@ -65,7 +74,8 @@ def save_checkpoint(folder: Path, engine: Engine, position: Position) -> Path | 
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / WEIGHTS).write_bytes(save(towers, {"format": "pt"}))  # save_file would deny others to read it
+    # save_file would deny others to read it
+    (partial / WEIGHTS).write_bytes(save(towers, {**(described or {"format": "pt"})}))
     torch.save(state, partial / STATE)
     manifest = {
         **asdict(position),

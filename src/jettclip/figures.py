@@ -55,9 +55,10 @@ def find_pictures(
     settings, tally = reader.settings, Tally(reader.settings.max_drop_rate)
     shards = find_shards(urls, allow_pipe=settings.allow_pipe_urls)
     samples = reader.read_shards([shard.url for shard in shards], tally)
-    contents, features = [], []
+    contents, token_ids, features = [], [], []
     while rows := list(islice(samples, batch_size)):
         contents += [row.contents for row in rows]
+        token_ids += [row.long for row in rows if row.long is not None]
         features.append(model.encode_image(collate(rows).image, normalize=True))
     check_drop_rate(tally.kept, tally.dropped, tally.max_drop_rate)
     pictures = torch.cat(features)
@@ -65,7 +66,7 @@ def find_pictures(
     for number in captions:
         if number < len(contents):
             caption = str(contents[number]["long"])
-            similarities = model.encode_text(reader.tokenizer(caption), normalize=True) @ pictures.T
+            similarities = model.encode_text(torch.stack([token_ids[number]]), normalize=True) @ pictures.T
             best = similarities[0].topk(min(count, len(contents))).indices.tolist()
             shown = [decode_image(bytes(contents[i]["image"]), settings.max_image_pixels) for i in best]
             found.append(Found(caption, shown, best.index(number) if number in best else None))

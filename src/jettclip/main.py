@@ -19,7 +19,7 @@ from jettclip.build import (
     build_model,
     build_reporter,
     build_schedule,
-    build_teacher,
+    build_teachers,
     build_train_loader,
 )
 from jettclip.checkpoint import (
@@ -33,11 +33,12 @@ from jettclip.checkpoint import (
 from jettclip.engine.optimizer import optimizer_options
 from jettclip.losses.factory import create_loss, teacher_parts_of
 from jettclip.losses.formula import find_recipe
-from jettclip.models.checkpoints import load_weights
+from jettclip.models.checkpoints import describe, resume_weights
 from jettclip.models.config import get_model_config
 from jettclip.params import Options, is_kept, is_saved, parse_args, run_folder, save_config
-from jettclip.report import set_up_logging
+from jettclip.report import METRICS, set_up_logging
 from jettclip.seeding import seed_everything
+from jettclip.settings import comma_separated
 from jettclip.train import NonFiniteLoss, train_one_epoch
 
 
@@ -66,26 +67,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: Options, place: Place) -> None:
     """Trains for all epochs, evaluating and saving after each; or evaluates once, if there is nothing to train on."""
     args = options.args
+    for name in (args.model, *comma_separated(args.distill_model)):
+        get_model_config(name)  # raises for an unknown one, before there is a folder
     folder = open_run_folder(options, place)
     seed_everything(args.seed)  # the same on every rank, for the same weights
-    model, train_transform, val_transform = build_model(args, place)
-    teacher = build_teacher(args, model, place)
+    model, train_transform, val_transform = build_model(options, place)
+    teachers = build_teachers(args, model, place)
     seed_everything(args.seed, place.rank)
-    train_data = build_train_loader(options, model, train_transform, teacher, place)
+    train_data = build_train_loader(options, model, train_transform, teachers, place)
     evaluator = build_evaluator(options, model, val_transform, place)
     checkpoints = folder / "checkpoints" if folder else None
     resumed = find_checkpoint(args.resume, checkpoints)
 
+    if resumed:
+        read_position(resumed)  # raises for what is no checkpoint of a run, before its weights are looked at
+        resume_weights(model, resumed)
     if train_data is None:
         if resumed is None and not (args.pretrained or args.pretrained_image):
             raise ValueError("there are no weights to evaluate; give --pretrained, or --name and --resume latest")
-        if resumed:
-            load_weights(model, resumed)
         with build_reporter(options, folder, None, place) as reporter:
             reporter.log("val", read_position(resumed).step if resumed else 0, evaluator.run(model))
         return
 
-    loss = create_loss(options.loss, model.embed_dim, [teacher.info] if teacher else train_data.teachers)
+    loss = create_loss(options.loss, model.embed_dim, teachers.infos if teachers else train_data.teachers)
     logging.info(f"Loss: {loss.recipe}")
     model.start_logit_scale(loss.recipe.logit_scale_init)
     engine, optimizer = build_engine(args, model, loss, place)
@@ -106,14 +110,14 @@ def run(options: Options, place: Place) -> None:
                 schedule=schedule,
                 reporter=reporter,
                 report_every=args.log_every_n_steps,
-                teacher=teacher,
+                teachers=teachers,
             )
             done = Position(epoch + 1, (epoch + 1) * train_data.num_batches)
             metrics = evaluator.run(model, done.epoch, args.epochs)
             if metrics:
                 reporter.log("val", done.step, metrics)
             if checkpoints and is_saved(args, done.epoch):
-                save_checkpoint(checkpoints, engine, done)
+                save_checkpoint(checkpoints, engine, done, describe(model))
                 if place.rank == 0 and newest is not None and not is_kept(args, newest):
                     delete_checkpoint(checkpoints, newest)
                 newest = done.epoch
@@ -121,15 +125,12 @@ def run(options: Options, place: Place) -> None:
 
 
 def find_mistakes(options: Options) -> list[str]:
-    """Returns the mistakes that only the components can see: an unknown model, a wrong formula or optimizer."""
+    """Returns the mistakes that only the components can see: a wrong formula or optimizer."""
     args, found = options.args, []
     checks: list[Callable[[], object]] = [
-        lambda: get_model_config(args.model),
         lambda: find_recipe(options.loss),
         lambda: optimizer_options(args.opt, beta1=args.beta1, beta2=args.beta2, eps=args.eps, momentum=args.momentum),
     ]
-    if args.distill_model:
-        checks.append(lambda: get_model_config(args.distill_model))
     for check in checks:
         try:
             check()
@@ -139,12 +140,46 @@ def find_mistakes(options: Options) -> list[str]:
         parts = teacher_parts_of(find_recipe(options.loss).formula)
         if parts and not (options.data.features or args.distill_model):
             found.append(f"--loss {options.loss.loss!r} distils; name a store with --features, or a --distill-model")
-        if options.data.features and not parts:
+        teachers = {"--features": options.data.features, "--distill-model": args.distill_model}
+        for flag, names in teachers.items():
+            if names and not parts:
+                found.append(f"{flag} {names!r} goes unused by --loss {options.loss.loss!r}; try jettclip")
+    return found or find_embedding_mistakes(options)
+
+
+def find_embedding_mistakes(options: Options) -> list[str]:
+    """Returns the mistakes about stored text embeddings, which adapters read and other models do not."""
+    args, source = options.args, options.data.text_embeddings
+    teachers = comma_separated(args.distill_model)
+    try:
+        adapters = {name for name in (args.model, *teachers) if get_model_config(name).text_tower == "adapter"}
+    except ValueError:
+        return []  # an unknown model, of which `run` says more
+    found = [
+        f"--distill-model {name} reads stored embeddings, and teachers are asked about captions; choose another"
+        for name in teachers
+        if name in adapters
+    ]
+    if args.model not in adapters:
+        if source:
             found.append(
-                f"--features {options.data.features!r} goes unused by --loss {options.loss.loss!r}; try jettclip"
+                f"--text-embeddings {source}: --model {args.model} reads text; "
+                "leave it out, or choose a model that reads embeddings, such as LLM2CLIP-ViT-L-14"
             )
-    if options.data.text_embeddings:
-        found.append("--text-embeddings: no model reads stored embeddings yet; leave it out")
+        return found
+    if (args.train_data or args.val_data) and not source:
+        found.append(
+            f"--model {args.model} reads stored embeddings of the captions; give --text-embeddings the name of "
+            "their store, or 'members' if they stand in the shards in place of the captions"
+        )
+    flags = {
+        "--imagenet-val": args.imagenet_val,
+        "--val-truncate": options.evaluation.val_truncate,
+        "--force-context-length": args.force_context_length,
+    }
+    needing = [flag for flag, value in flags.items() if value]
+    if needing:
+        found.append(f"{', '.join(needing)}: --model {args.model} reads stored embeddings, not text; leave it out")
     return found
 
 
@@ -163,7 +198,8 @@ def open_run_folder(options: Options, place: Place) -> Path | None:
         set_up_logging(None, place.rank, args.debug)
         return folder
     log = folder / (f"out-{place.rank}.log" if args.log_local else "out.log")
-    if log.exists() and args.resume != "latest" and args.train_data:
+    taken = any((folder / name).exists() for name in ("checkpoints", METRICS))
+    if taken and args.resume != "latest" and args.train_data:
         raise ValueError(f"--name {folder.name} exists in {folder.parent}; choose another, or add --resume latest")
     folder.mkdir(parents=True, exist_ok=True)
     set_up_logging(log, place.rank, args.debug)

@@ -20,6 +20,7 @@ from open_clip import (
     CLIPVisionCfg,
     SimpleTokenizer,
     build_zero_shot_classifier,
+    create_model,
     download_pretrained,
     get_model_config,
     get_pretrained_cfg,
@@ -27,12 +28,13 @@ from open_clip import (
     list_models,
     list_pretrained_tags_by_model,
 )
-from open_clip.factory import load_state_dict
+from open_clip.convert import convert_state_dict
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import (
     _build_vision_tower as build_vision_tower,  # private: CustomTextCLIP, its caller, always builds a text tower too
 )
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.tokenizer import get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock, TextTransformer
 from open_clip_train.distributed import init_distributed_device_so
@@ -57,10 +59,13 @@ __all__ = [
     "build_zero_shot_classifier",
     "const_lr",
     "const_lr_cooldown",
+    "convert_state_dict",
     "convert_to_custom_text_state_dict",
     "cosine_lr",
+    "create_model",
     "download_pretrained",
     "get_autocast",
+    "get_clean_fn",
     "get_model_config",
     "get_pretrained_cfg",
     "get_tokenizer",
@@ -69,7 +74,6 @@ __all__ = [
     "keep_uint8",
     "list_models",
     "list_pretrained_tags_by_model",
-    "load_state_dict",
     "resize_pos_embed",
     "trainer_arguments",
     "trainer_help",

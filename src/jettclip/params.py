@@ -26,9 +26,9 @@ from jettclip.rules import (
     range_rules,
     unsupported_flags,
 )
-from jettclip.settings import DataSettings, EvaluationSettings, LossSettings
+from jettclip.settings import DataSettings, EvaluationSettings, LossSettings, ModelSettings
 
-SETTINGS = (DataSettings, LossSettings, EvaluationSettings)
+SETTINGS = (ModelSettings, DataSettings, LossSettings, EvaluationSettings)
 S = TypeVar("S")
 
 
@@ -37,6 +37,7 @@ class Options:
     """Everything the command line says."""
 
     args: Namespace  # OpenCLIP's flags, under OpenCLIP's names
+    model: ModelSettings
     data: DataSettings
     loss: LossSettings
     evaluation: EvaluationSettings
@@ -58,7 +59,11 @@ def parse_args(argv: Sequence[str] | None = None, find_more: Callable[[Options],
     ours, rest = parser.parse_known_args([*config, *argv])
     args = openclip.trainer_arguments(rest)
     options = Options(
-        args, read_flags(DataSettings, ours), read_flags(LossSettings, ours), read_flags(EvaluationSettings, ours)
+        args,
+        read_flags(ModelSettings, ours),
+        read_flags(DataSettings, ours),
+        read_flags(LossSettings, ours),
+        read_flags(EvaluationSettings, ours),
     )
     if args.distill_model and options.loss.loss == "openclip":  # OpenCLIP's DistillClipLoss
         options = replace(options, loss=replace(options.loss, loss="1*clip@long + 1*kd@long"))
@@ -79,8 +84,18 @@ def parse_args(argv: Sequence[str] | None = None, find_more: Callable[[Options],
 def find_problems(options: Options) -> list[str]:
     """Returns the mistakes in the options, each with value, rule and remedy."""
     args = options.args
-    checks = [*range_rules(args), *combination_rules(args, options.data), *unsupported_flags(args)]
+    stretched = options.model.stretch != ModelSettings().stretch
+    checks = [
+        (
+            stretched and not args.pretrained,
+            "--position-keep, -ratio and -tail say how a checkpoint's positions are stretched; add --pretrained",
+        ),
+        *range_rules(args),
+        *combination_rules(args, options.data),
+        *unsupported_flags(args),
+    ]
     return [
+        *options.model.problems(),
         *options.data.problems(),
         *options.loss.problems(),
         *options.evaluation.problems(),
@@ -97,7 +112,7 @@ def save_config(options: Options, path: Path) -> None:
 def all_settings(options: Options) -> dict[str, Any]:
     """Returns all flags with their values, OpenCLIP's and ours."""
     values = dict(sorted(vars(options.args).items()))
-    for settings in (options.data, options.loss, options.evaluation):
+    for settings in (options.model, options.data, options.loss, options.evaluation):
         values |= {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
     return values
 

@@ -81,7 +81,7 @@ class Progress:
     def _report(self, step: int, done: int, scale: float, learning_rate: float, norm: float | None) -> None:
         _, ranks = rank_and_world_size()
         losses = mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
-        dropped = total_over_ranks(self.dropped)
+        dropped, noted = total_over_ranks(self.dropped), total_over_ranks(self.noted)
         elapsed = time.perf_counter() - self._since
         rate = self._samples * ranks / elapsed
         values: dict[str, Any] = {
@@ -94,7 +94,7 @@ class Progress:
             "dropped": dropped.total(),
             "dropped_by_reason": dict(dropped),
             "damaged": dict(total_over_ranks(self.damaged)),
-            "noted": dict(total_over_ranks(self.noted)),
+            "noted": dict(noted),
         }
         if norm is not None:
             values["gradient_norm"] = norm
@@ -103,7 +103,7 @@ class Progress:
         logging.info(
             f"epoch {self.epoch + 1} step {done}/{len(self.loader)}  {terms}  {rate:.1f} samples/s "
             f"({rate / ranks:.1f} a rank)  data wait {self._waited / elapsed:.0%}  lr {learning_rate:.2e}  "
-            f"logit scale {scale:.2f}  dropped {describe(dropped)}"
+            f"logit scale {scale:.2f}  dropped {describe(dropped)}" + (f"  {describe(noted)}" if noted else "")
         )
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from PIL import Image
 
 from jettclip import openclip
+from jettclip.models import factory
 from jettclip.models.config import FOLDER
-from jettclip.models.factory import create_model, create_model_and_transforms, get_tokenizer, same_tokenizer
+from jettclip.models.factory import create_model, create_model_and_transforms, get_tokenizer
 
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.json"))
 TINY = {
@@ -35,13 +35,21 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_every_config_builds(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, device="meta")
-    assert model.context_length == 248
-    assert model.ignores_padding
     assert model.logit_scale.shape == (1,)
     size = model.preprocess_cfg["size"]
     assert model.visual.image_size == (size, size)
     assert model.no_weight_decay() <= set(dict(model.named_parameters()))
-    assert "text.positional_embedding" in model.no_weight_decay()
+    if name.startswith("LLM2CLIP"):
+        assert model.embedding_width in (384, 2048, 4096)
+    else:
+        assert "text.positional_embedding" in model.no_weight_decay()
+        assert model.context_length == (77 if name == "MobileCLIP-S0" else 248)
+        assert model.ignores_padding == (name not in ("MobileCLIP-S0", "JettCLIP-S0"))
+
+
+def test_an_adapters_model_has_no_tokenizer() -> None:
+    with pytest.raises(ValueError, match="'LLM2CLIP-Nano' reads stored embeddings, not text, and has no tokenizer"):
+        get_tokenizer("LLM2CLIP-Nano")
 
 
 @pytest.mark.parametrize("name", ["Nano-248", "MobileCLIP2-S0-248"])
@@ -125,15 +133,21 @@ def test_a_tag_brings_its_preprocessing(tmp_path: Path, monkeypatch: pytest.Monk
     assert model.mean.abs().sum() == 0
 
 
-def test_a_tag_trained_with_the_other_activation_is_warned_of(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_a_model_has_the_activation_that_its_tag_was_trained_with(
+    quick_gelu: bool, says: bool, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tiny["quick_gelu"] = quick_gelu != says  # a tag that says nothing leaves it to the config
     torch.save(open_clip.create_model("tiny").state_dict(), tmp_path / "weights.pt")
-    monkeypatch.setattr(openclip, "get_pretrained_cfg", lambda model, tag: {"quick_gelu": True})
+    monkeypatch.setattr(openclip, "get_pretrained_cfg", lambda *_: {"quick_gelu": quick_gelu} if says else {"url": "x"})
     monkeypatch.setattr(openclip, "download_pretrained", lambda cfg, cache_dir: str(tmp_path / "weights.pt"))
-    with caplog.at_level(logging.WARNING):
-        create_model("tiny", "openai")
-    assert "was trained with quick_gelu=True" in caplog.text
+    model = create_model("tiny", "openai")
+    assert model.quick_gelu == quick_gelu
+    for tower in (model.visual, model.text):
+        activation = tower.transformer.resblocks[0].mlp.gelu
+        assert isinstance(activation, openclip.QuickGELU) == quick_gelu
+    assert create_model("tiny", "openai", force_quick_gelu=True).quick_gelu
 
 
 def test_weights_that_are_nowhere_are_answered_with_the_tags() -> None:
@@ -176,31 +190,20 @@ def test_the_cache_folder_reaches_tokenizers_that_are_downloaded(
     tiny["text_cfg"]["hf_tokenizer_name"] = "someone/tokenizer"
     given: dict[str, Any] = {}
     monkeypatch.setattr(open_clip.factory, "HFTokenizer", lambda source, **options: given.update(options))
+    monkeypatch.setattr(factory, "find_spec", lambda name: name)
     get_tokenizer("tiny", cache_dir=str(tmp_path))
     assert given["cache_dir"] == str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "other", "same"),
-    [
-        ("Nano-248", "ViT-B-32", True),
-        ("MobileCLIP2-S0-248", "ViT-L-14-336", True),
-        ("ViT-L-14-CLIPA", "ViT-L-14-CLIPA-336", True),
-        ("roberta-ViT-B-32", "roberta-ViT-B-32", True),
-        ("Nano-248", "roberta-ViT-B-32", False),
-        ("xlm-roberta-base-ViT-B-32", "roberta-ViT-B-32", False),
-        ("ViT-L-14-worldwide", "ViT-L-14-CLIPA", False),
-        ("ViT-B-32", "ViT-L-14-CLIPA", False),
-        ("ViT-B-32", "tiny", True),
-    ],
-)
-def test_models_of_one_tokenizer_are_told(name: str, other: str, same: bool, tiny: dict[str, Any]) -> None:
-    assert same_tokenizer(name, other) == same_tokenizer(other, name) == same
+@pytest.mark.parametrize("ask", [get_tokenizer, create_model])
+def test_a_model_of_transformers_asks_for_them(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factory, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="model 'roberta-ViT-B-32' needs the package transformers; run: pip install"):
+        ask("roberta-ViT-B-32")
 
 
-@pytest.mark.parametrize(
-    "changed", [{"vocab_size": 100}, {"tokenizer_kwargs": {"clean": "whitespace"}}, {"tokenizer_mode": "clips"}]
-)
-def test_a_tokenizer_with_other_options_is_another(changed: dict[str, Any], tiny: dict[str, Any]) -> None:
-    tiny["text_cfg"] |= changed
-    assert not same_tokenizer("tiny", "ViT-B-32")
+def test_an_adapter_has_no_context_to_force() -> None:
+    with pytest.raises(ValueError, match="--force-context-length 77: LLM2CLIP-Nano reads stored embeddings"):
+        create_model("LLM2CLIP-Nano", force_context_length=77)
+    with torch.device("meta"), pytest.raises(ValueError, match="LLM2CLIP-Nano reads stored embeddings"):
+        assert create_model("LLM2CLIP-Nano", device="meta").context_length

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
+import open_clip
 import pytest
 import torch
 from torch import nn
 
 from jettclip.models.factory import create_model
+from jettclip.models.mct import build_mct
 from jettclip.models.two_towers import TwoTowers, unit_rows
 from support import tiny_towers
 
@@ -70,7 +74,15 @@ def test_statistics_travel_with_the_model_but_not_with_its_weights() -> None:
     assert model.to("meta").mean.device.type == "meta"
 
 
-@pytest.mark.filterwarnings("ignore:Importing from timm.models.helpers")  # OpenCLIP's lock does
+def trained_modules(tower: nn.Module, depth: int) -> set[str]:
+    return {".".join(n.split(".")[:depth]) for n, parameter in tower.named_parameters() if parameter.requires_grad}
+
+
+def meta_model(name: str, **options: Any) -> TwoTowers:
+    with torch.device("meta"):
+        return create_model(name, device="meta", **options)
+
+
 def test_locked_towers_are_not_trained() -> None:
     model = create_model("Nano-248")
     model.lock_image_tower(freeze_bn_stats=True)
@@ -79,23 +91,122 @@ def test_locked_towers_are_not_trained() -> None:
     model.lock_text_tower(freeze_layer_norm=False)
     assert trained_parts(model) == {"logit_scale"}
 
-    model = create_model("Nano-248")
-    model.lock_image_tower(unlocked_groups=1)
-    trained = {name for name, parameter in model.visual.named_parameters() if parameter.requires_grad}
-    assert trained
-    assert "trunk.stem.0.weight" not in trained
+
+@pytest.mark.filterwarnings("ignore:Importing from timm.models.helpers")  # OpenCLIP's lock does
+@pytest.mark.parametrize(
+    ("name", "groups", "trained"),
+    [
+        ("Nano-248", 1, {"trunk.head"}),
+        ("Nano-248", 2, {"trunk.head", "trunk.blocks.3"}),
+        ("MobileCLIP-S0-248", 1, {"trunk.head.fc", "trunk.final_conv.conv_kxk", "trunk.final_conv.conv_scale",
+                                  "trunk.final_conv.se"}),
+        ("MobileCLIP-B-248", 2, {"trunk.head.weight", "trunk.head.bias", "trunk.norm.weight", "trunk.norm.bias",
+                                 "trunk.blocks.11"}),
+        ("ViT-B-16-248", 1, {"proj"}),
+        ("ViT-B-16-248", 2, {"proj", "ln_post.weight", "ln_post.bias", "transformer.resblocks.11"}),
+    ],
+)  # fmt: skip
+def test_the_last_groups_of_a_locked_image_tower_are_trained(name: str, groups: int, trained: set[str]) -> None:
+    model = meta_model(name)
+    model.lock_image_tower(unlocked_groups=groups)
+    named = trained_modules(model.visual, 3)
+    assert all(any(module.startswith(one) for one in trained) for module in named)
+    assert all(any(module.startswith(one) for module in named) for one in trained)
+    assert trained_parts(model) == {"visual", "text", "logit_scale"}
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    gradients = []
+@pytest.mark.parametrize("name", ["MobileCLIP-S0-248", "ViT-B-16-248", "MobileCLIP2-S0-248"])
+def test_the_last_layers_of_a_locked_text_tower_are_trained(name: str) -> None:
+    last = len(meta_model(name).text.transformer.resblocks) - 1
+    expected: set[str] = set()
+    more: list[set[str]] = [
+        set(), {"text_projection"}, {"ln_final", f"transformer.resblocks.{last}"}, {f"transformer.resblocks.{last - 1}"}
+    ]  # fmt: skip
+    for layers, trained in enumerate(more):
+        expected |= trained
+        model = meta_model(name)
+        model.lock_text_tower(unlocked_layers=layers)
+        named = {n.removesuffix(".weight").removesuffix(".bias") for n in trained_modules(model.text, 3)}
+        assert named == expected
+    model = meta_model(name)
+    model.lock_text_tower(unlocked_layers=last + 3)  # all of them, and the embeddings
+    assert all(parameter.requires_grad for parameter in model.text.parameters())
+
+
+@pytest.mark.parametrize("name", ["Nano-248", "MobileCLIP-S0-248", "ViT-B-16-248"])
+def test_gradient_checkpointing_reaches_both_towers_and_changes_no_gradient(name: str) -> None:
+    size = 64 if name != "ViT-B-16-248" else 32
+    gradients, calls = [], []
+    model = create_model(name, force_image_size=size).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.momentum = 0.0  # the blocks are run twice
+    image = torch.randn(2, 3, size, size)
+    blocks = [next(m for n, m in tower.named_modules() if n.endswith(("blocks.0", "blocks.3"))) for tower in (
+        model.visual, model.text)]  # fmt: skip
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
     for checkpointed in (False, True):
-        torch.manual_seed(0)
-        model = create_model("Nano-248").train()
         model.set_grad_checkpointing(checkpointed)
-        features = model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)), IDS)
+        model.zero_grad()
+        calls.clear()
+        features = model(image, IDS)
         (features.image * features.short).sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert sorted(calls) == [0, 0, 1, 1][:: 1 if checkpointed else 2]
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-248", "MobileCLIP-B-248"])
+def test_patch_dropout_hides_patches_in_training_only(name: str) -> None:
+    model = create_model(name, force_patch_dropout=0.5, force_image_size=32 if name == "ViT-B-16-248" else None)
+    blocks = model.visual.transformer.resblocks if name == "ViT-B-16-248" else model.visual.trunk.blocks
+    patches = []
+    blocks[0].register_forward_pre_hook(lambda _, inputs: patches.append(inputs[0].shape[1] - 1))
+    with torch.no_grad():
+        for mode in (True, False):
+            model.train(mode).encode_image(torch.randn(1, 3, *([model.visual.image_size[0]] * 2)))
+    assert patches[0] * 2 == patches[1]
+
+
+@pytest.mark.parametrize("name", ["Nano-248", "MobileCLIP-S0"])
+def test_a_tower_without_patches_refuses_to_drop_them(name: str) -> None:
+    with pytest.raises(ValueError, match=f"the image tower of {name} has no patches to drop; leave it out"):
+        create_model(name, force_patch_dropout=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # while it traces
+@pytest.mark.parametrize("text_tower", ["transformer", "mct"])
+def test_a_compiled_model_is_the_model(text_tower: str) -> None:
+    model = create_model("Nano-248")
+    if text_tower == "mct":
+        config = {"context_length": 32, "width": 16, "heads": 2, "layers": 1, "no_causal_mask": True}
+        model.text = build_mct(config, model.embed_dim, quick_gelu=False, mask_padding=True)
+    for module in model.train().modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.momentum = 0.0
+    image = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, backend="eager")  # what is traced; the code generator takes half a minute
+    for length in (6, 4):
+        expected, features = model(image, IDS[:, :length]), compiled(image, IDS[:, :length])
+        torch.testing.assert_close(features, expected)
+    features.short.square().sum().backward()
+    assert model.text.token_embedding.weight.grad is not None
+
+
+def test_siglips_bias_is_kept_and_not_trained() -> None:
+    model = meta_model("ViT-B-16-SigLIP")
+    reference = open_clip.get_model_config("ViT-B-16-SigLIP")
+    assert model.logit_bias.shape == (1,)
+    assert model.logit_bias.dtype == torch.float32  # its config says -10, an integer
+    assert not model.logit_bias.requires_grad
+    assert not model.ignores_padding
+    assert model.context_length == 64
+    with torch.device("meta"):
+        published = open_clip.CustomTextCLIP(**{k: v for k, v in reference.items() if k != "custom_text"})
+    shapes = {name: value.shape for name, value in published.state_dict().items() if not name.startswith("logit_")}
+    ours = {name: value.shape for name, value in model.state_dict().items() if not name.startswith("logit_")}
+    assert ours == shapes
 
 
 @pytest.mark.parametrize("name", ["Nano-248", "MobileCLIP-B-248", "ViT-B-32"])

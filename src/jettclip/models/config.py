@@ -25,8 +25,10 @@ class ModelConfig:
     text_cfg: dict[str, Any]
     quick_gelu: bool = False
     init_logit_scale: float | None = None  # a logarithm, as in OpenCLIP
+    init_logit_bias: float | None = None  # SigLIP's; kept with the weights, no loss trains it
     # ours:
-    mask_padding: bool = False  # no token of a bidirectional text tower attends to padding
+    text_tower: str = ""  # "mct", "adapter"; otherwise OpenCLIP's text transformer, or a model of transformers
+    mask_padding: bool = False  # no token of a bidirectional text tower sees padding
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)  # mean, std, interpolation, resize_mode
     pretrained_as: str = ""  # the OpenCLIP model whose pretrained tags fit
 
@@ -52,20 +54,20 @@ def get_model_config(name: str) -> ModelConfig:
     if config is None:
         known = {model.lower(): model for model in list_models()}
         near = [known[model] for model in difflib.get_close_matches(name.lower(), known, 4, 0.5)]
-        raise ValueError(f"--model {name!r} is not known; did you mean {' or '.join(near) or 'one of list_models()'}?")
+        raise ValueError(f"model {name!r} is not known; did you mean {' or '.join(near) or 'one of list_models()'}?")
     config = {key: value for key, value in config.items() if key not in _IGNORED_KEYS}
     unknown = set(config) - set(ModelConfig.__dataclass_fields__)
     if unknown:
         raise ValueError(
-            f"--model {name!r} needs {', '.join(sorted(unknown))}, which jettclip does not train; "
-            "choose a model of one image and one text tower, without a logit bias or a decoder"
+            f"model {name!r} needs {', '.join(sorted(unknown))}, which jettclip does not train; "
+            "choose a model of one image and one text tower, without a decoder"
         )
     return ModelConfig(name=name, **{"preprocess_cfg": _published_preprocessing(name), **config})
 
 
 @cache
 def _ours() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
+    return {path.stem: path for path in sorted(FOLDER.glob("*.json"), key=lambda path: path.stem)}
 
 
 def _published_preprocessing(name: str) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from jettclip.types import Features, at_least_float32
 
+REPARAMETERIZED = "reparameterized"
+"""The buffer that marks a model, and its checkpoints, as folded for inference; see ``reparameterize``."""
+
 
 class TwoTowers(nn.Module):
     """An image tower and a text tower with one embedding space, trained on up to two captions an image.
@@ -20,11 +23,14 @@ class TwoTowers(nn.Module):
 
     Args:
         visual: image tower, float [b, 3, H, W] to [b, D].
-        text: text tower, token ids int64 [b, L] to [b, D].
+        text: text tower, token ids int64 [b, L], or embeddings float [b, width] for an adapter, to [b, D].
         embed_dim: D.
         mean, std: of the pixels the image tower expects, a number a channel, for images in 0..1.
         logit_scale: S = exp(logit_scale) to start from.
+        logit_bias: SigLIP's, kept with its weights; no loss trains it. None if the model has none.
         preprocess_cfg: how OpenCLIP's transforms must prepare images, for whoever uses or exports the model.
+        name: of its config, and
+        quick_gelu: whether its towers were built with QuickGELU instead of GELU, for whoever saves the weights.
     """
 
     def __init__(
@@ -36,15 +42,21 @@ class TwoTowers(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         logit_scale: float = 1 / 0.07,
+        logit_bias: float | None = None,
         preprocess_cfg: dict[str, Any] | None = None,
+        name: str = "",
+        quick_gelu: bool = False,
     ) -> None:
         super().__init__()
         self.visual: Any = visual  # Any: a tower is whatever OpenCLIP or timm builds, with methods of its own
         self.text: Any = text
         self.embed_dim = embed_dim
         self.preprocess_cfg = preprocess_cfg or {}
+        self.name, self.quick_gelu = name, quick_gelu
         # [1], not 0-D: DeepSpeed and FSDP2 refuse 0-D parameters
         self.logit_scale = nn.Parameter(torch.full([1], math.log(logit_scale)))
+        if logit_bias is not None:  # it shifts all logits alike, which a softmax does not see
+            self.logit_bias = nn.Parameter(torch.full([1], float(logit_bias)), requires_grad=False)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -61,9 +73,37 @@ class TwoTowers(nn.Module):
         return getattr(self.text, "end_token_is_largest", False)
 
     @property
+    def embedding_width(self) -> int | None:
+        """The width of the stored text embeddings that an adapter reads; None for a text tower, which reads tokens."""
+        return getattr(self.text, "embedding_width", None)
+
+    @property
     def context_length(self) -> int:
-        """The longest caption, in tokens."""
+        """The longest caption, in tokens.
+
+        Raises:
+            ValueError: for an adapter, which has none.
+        """
+        if self.embedding_width is not None:
+            raise ValueError(f"{self.name} reads stored embeddings, which have no length in tokens")
         return int(self.text.context_length)
+
+    @property
+    def is_reparameterized(self) -> bool:
+        """Whether its branches were folded for inference."""
+        return hasattr(self, REPARAMETERIZED)
+
+    def train(self, mode: bool = True) -> TwoTowers:
+        """Switches between training and evaluation.
+
+        Raises:
+            ValueError: if a reparameterised model shall be trained.
+        """
+        if mode and self.is_reparameterized:
+            raise ValueError(
+                "a reparameterised model cannot be trained, its branches are folded; train the checkpoint it came from"
+            )
+        return super().train(mode)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Embeds images, uint8 or already normalised float [b, 3, H, W], as [b, D]."""
@@ -73,7 +113,7 @@ class TwoTowers(nn.Module):
         return unit_rows(features) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Embeds captions, token ids int64 [b, L], as [b, D]."""
+        """Embeds captions, token ids int64 [b, L] or stored embeddings float [b, width], as [b, D]."""
         features: Tensor = self.text(text)
         return unit_rows(features) if normalize else features
 
@@ -98,6 +138,18 @@ class TwoTowers(nn.Module):
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Stops training the text tower, but for its last layers."""
         self.text.lock(unlocked_layers, freeze_layer_norm)
+
+    def freeze_position_prefix(self, rows: int) -> None:
+        """Stops training the first text positions, as Long-CLIP does with 20 (arXiv 2403.15378).
+
+        Raises:
+            ValueError: if the text tower has no such positions.
+        """
+        if not hasattr(self.text, "freeze_position_prefix"):
+            raise ValueError(
+                f"--freeze-position-prefix {rows}: the text tower of this model has no table of positions; leave it out"
+            )
+        self.text.freeze_position_prefix(rows)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades memory for a second forward pass in both towers."""
