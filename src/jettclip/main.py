@@ -31,6 +31,7 @@ from jettclip.checkpoint import (
     save_checkpoint,
 )
 from jettclip.engine.optimizer import optimizer_options
+from jettclip.interrupt import interruptible
 from jettclip.losses.factory import create_loss, teacher_parts_of
 from jettclip.losses.formula import find_recipe
 from jettclip.models.checkpoints import describe, resume_weights
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.device, args.dist_backend, args.dist_url, no_set_device_rank=args.no_set_device_rank
     )
     try:
-        run(options, Place(torch.device(world["device"]), world["global_rank"], world["world_size"]))
+        with interruptible():
+            run(options, Place(torch.device(world["device"]), world["global_rank"], world["world_size"]))
     except KeyboardInterrupt:
         name = f"--name {args.name}" if args.name else "--name RUN_FOLDER"
         logging.warning(f"Interrupted; the same command with {name} --resume latest goes on from the last checkpoint")

@@ -8,6 +8,7 @@ import torch
 
 from jettclip.data.pipeline import Loader
 from jettclip.engine.base import Engine
+from jettclip.interrupt import raise_if_interrupted
 from jettclip.losses.factory import Loss
 from jettclip.models.teacher import Ensemble
 from jettclip.progress import Progress
@@ -41,6 +42,7 @@ def train_one_epoch(
     loader.set_epoch(epoch)
     progress = Progress(epoch, loader, reporter, report_every)
     for step, batch in progress.steps():
+        raise_if_interrupted()
         learning_rate = schedule(step)
         report, features, norm = train_step(engine, loss, to_device(batch, device), loader.last_info, teachers)
         progress.update(step, report, loader.last_info, features.logit_scale.detach(), learning_rate, norm)
