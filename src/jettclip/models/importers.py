@@ -51,8 +51,9 @@ def _keep(state: State, model: TwoTowers) -> State:
 
 
 def _from_openai(state: State, model: TwoTowers) -> State:
-    described = {"input_resolution", "context_length", "vocab_size"}  # numbers, not weights
-    return _from_text_at_root({key: value for key, value in state.items() if key not in described}, model)
+    # no weights: three numbers, and the causal mask that each text block of an archive may hold as an attribute
+    others = r"(input_resolution|context_length|vocab_size|transformer\.resblocks\.\d+\.attn_mask)$"
+    return _from_text_at_root({key: value for key, value in state.items() if not re.match(others, key)}, model)
 
 
 def _from_text_at_root(state: State, model: TwoTowers) -> State:
