@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from jettclip.models.config import FOLDER, get_model_config
+from jettclip.models.config import get_model_config, our_models
 from jettclip.profiling import profile, table
 
 
@@ -30,8 +30,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    ours = sorted(path.stem for path in FOLDER.glob("*.json"))
-    parser.add_argument("--models", nargs="+", default=ours, help="names, ours or OpenCLIP's (default: all of ours)")
+    parser.add_argument(
+        "--models", nargs="+", default=our_models(), help="names, ours or OpenCLIP's (default: all of ours)"
+    )
     parser.add_argument("--json", default="", help="file to write the figures to, too")
     parser.add_argument(
         "--device", nargs="+", choices=devices, default=devices, help="where to measure latency (default: all there is)"

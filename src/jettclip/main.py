@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -31,11 +32,13 @@ from jettclip.checkpoint import (
     save_checkpoint,
 )
 from jettclip.engine.optimizer import optimizer_options
+from jettclip.evaluate.runner import Evaluator, Metrics
 from jettclip.interrupt import interruptible
 from jettclip.losses.factory import create_loss, teacher_parts_of
 from jettclip.losses.formula import find_recipe
-from jettclip.models.checkpoints import describe, resume_weights
+from jettclip.models.checkpoints import check_description, describe, load_weights
 from jettclip.models.config import get_model_config
+from jettclip.models.two_towers import TwoTowers
 from jettclip.params import Options, is_kept, is_saved, parse_args, run_folder, save_config
 from jettclip.report import METRICS, set_up_logging
 from jettclip.seeding import seed_everything
@@ -83,12 +86,11 @@ def run(options: Options, place: Place) -> None:
 
     if resumed:
         read_position(resumed)  # raises for what is no checkpoint of a run, before its weights are looked at
-        resume_weights(model, resumed)
+        check_description(model, resumed)
     if train_data is None:
-        if resumed is None and not (args.pretrained or args.pretrained_image):
-            raise ValueError("there are no weights to evaluate; give --pretrained, or --name and --resume latest")
+        step, metrics = evaluate(args, model, evaluator, resumed)
         with build_reporter(options, folder, None, place) as reporter:
-            reporter.log("val", read_position(resumed).step if resumed else 0, evaluator.run(model))
+            reporter.log("val", step, metrics)
         return
 
     loss = create_loss(options.loss, model.embed_dim, teachers.infos if teachers else train_data.teachers)
@@ -124,6 +126,20 @@ def run(options: Options, place: Place) -> None:
                     delete_checkpoint(checkpoints, newest)
                 newest = done.epoch
     logging.info(f"Done: {done.epoch} epochs, {done.step} steps" + (f"; the run is in {folder}" if folder else ""))
+
+
+def evaluate(args: Namespace, model: TwoTowers, evaluator: Evaluator, resumed: Path | None) -> tuple[int, Metrics]:
+    """Evaluates a checkpoint of a run, or the weights that the model was built with; returns the step, and the metrics.
+
+    Raises:
+        ValueError: if there are neither.
+    """
+    if resumed is None:
+        if not (args.pretrained or args.pretrained_image):
+            raise ValueError("there are no weights to evaluate; give --pretrained, or --name and --resume latest")
+        return 0, evaluator.run(model)
+    load_weights(model, resumed)
+    return read_position(resumed).step, evaluator.run(model)
 
 
 def find_mistakes(options: Options) -> list[str]:

@@ -18,11 +18,11 @@ from jettclip.models.checkpoints import (
     WEIGHTS,
     Description,
     Weights,
+    check_description,
     describe,
     load_image_tower,
     load_weights,
     read_weights,
-    resume_weights,
 )
 from jettclip.models.factory import create_model
 from jettclip.models.positions import stretch_positions
@@ -222,9 +222,9 @@ def test_our_checkpoints_describe_their_model(tmp_path: Path, quick_gelu: bool) 
     flags = create_model("tiny", str(tmp_path), force_context_length=77, image_mean=(0.5,) * 3)
     assert flags.context_length == 77  # flags have the last word
     assert flags.preprocess_cfg["mean"] == (0.5,) * 3
-    resume_weights(again, tmp_path)
+    check_description(again, tmp_path)
     with pytest.raises(ValueError, match="was trained on images prepared by .*give the same --force-image-size"):
-        resume_weights(create_model("tiny", force_quick_gelu=quick_gelu), tmp_path)
+        check_description(create_model("tiny", force_quick_gelu=quick_gelu), tmp_path)
 
 
 def test_another_config_keeps_its_own_length_and_size(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from jettclip import openclip
 from jettclip.export.compare import compare, encoders_of
-from jettclip.models.config import ModelConfig
+from jettclip.models.checkpoints import OPENCLIP_WEIGHTS
+from jettclip.models.config import PREPROCESS_KEYS, ModelConfig
 from jettclip.models.text_tower import TextTower
 from jettclip.models.two_towers import TwoTowers
-
-WEIGHTS = "open_clip_model.safetensors"
-"""The name of the weights where OpenCLIP looks for them in a folder."""
 
 
 def export_openclip(model: TwoTowers, config: ModelConfig, folder: Path) -> dict[str, Any]:
@@ -40,12 +38,12 @@ def export_openclip(model: TwoTowers, config: ModelConfig, folder: Path) -> dict
     state = _openclip_state(model)
     if not has_own_text_module:  # class CLIP, with the text tower at the root
         state = {key.removeprefix("text."): value for key, value in state.items()}
-    (folder / WEIGHTS).write_bytes(save(state, {"format": "pt"}))
-    loaded = openclip.create_model(name, pretrained=str(folder / WEIGHTS), **options)
+    (folder / OPENCLIP_WEIGHTS).write_bytes(save(state, {"format": "pt"}))
+    loaded = openclip.create_model(name, pretrained=str(folder / OPENCLIP_WEIGHTS), **options)
     differences = compare(model, encoders_of(loaded), [model.context_length])
     options |= {f"image_{key}": value for key, value in _preprocessing(model).items()}
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    call = f"open_clip.create_model_and_transforms({name!r}, pretrained={WEIGHTS!r}, {arguments})"
+    call = f"open_clip.create_model_and_transforms({name!r}, pretrained={OPENCLIP_WEIGHTS!r}, {arguments})"
     tokenizer = f"open_clip.get_tokenizer({name!r}, context_length={model.context_length})"
     return {"largest_difference": differences, "load": call, "tokenizer": tokenizer}
 
@@ -69,7 +67,7 @@ def export_hf(model: TwoTowers, config: ModelConfig, folder: Path) -> dict[str, 
         described["init_logit_bias"] = float(model.logit_bias.detach())
     content = {"model_cfg": described, "preprocess_cfg": _preprocessing(model)}
     (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
-    (folder / WEIGHTS).write_bytes(save(_openclip_state(model), {"format": "pt"}))
+    (folder / OPENCLIP_WEIGHTS).write_bytes(save(_openclip_state(model), {"format": "pt"}))
     differences = compare(model, encoders_of(openclip.create_model(f"local-dir:{folder}")), [model.context_length])
     return {
         "largest_difference": differences,
@@ -119,4 +117,4 @@ def _openclip_state(model: TwoTowers) -> dict[str, Tensor]:
 def _preprocessing(model: TwoTowers) -> dict[str, Any]:
     """Returns how images are prepared, but for their size, which OpenCLIP takes from the image tower."""
     cfg = openclip.PreprocessCfg(**model.preprocess_cfg)
-    return {key: getattr(cfg, key) for key in ("mean", "std", "interpolation", "resize_mode")}
+    return {key: getattr(cfg, key) for key in PREPROCESS_KEYS}

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jettclip import openclip
@@ -28,7 +28,9 @@ WEIGHTS = "model.safetensors"
 _DESCRIPTION = "jettclip"
 """The key of a safetensors file's metadata under which `describe` stands."""
 
-_OPENCLIP_WEIGHTS = "open_clip_model.safetensors"
+OPENCLIP_WEIGHTS = "open_clip_model.safetensors"
+"""The same where OpenCLIP looks for it."""
+
 _POSITIONS = "text.positional_embedding"
 _PROJECTIONS = tuple(f"visual.{layer}" for layer in ("proj", "head.", "trunk.head.", "attnpool.c_proj."))
 """Last layers of image towers, native and timm's, which map to the embedding."""
@@ -67,7 +69,7 @@ def read_weights(path: Path) -> Weights:
         ValueError: if the file cannot be read, or holds something else.
     """
     if path.is_dir():
-        path = next((path / name for name in (WEIGHTS, _OPENCLIP_WEIGHTS) if (path / name).exists()), path / WEIGHTS)
+        path = next((path / name for name in (WEIGHTS, OPENCLIP_WEIGHTS) if (path / name).exists()), path / WEIGHTS)
     try:
         if path.stat().st_size == 0:
             raise TypeError("it is empty")
@@ -106,9 +108,9 @@ def load_weights(model: TwoTowers, weights: Weights | Path, settings: ModelSetti
         ValueError: listing the keys that are missing, unknown, or of another shape; or for another activation.
     """
     weights = weights if isinstance(weights, Weights) else read_weights(weights)
-    _check_activation(model, weights)
-    if is_reparameterized_state(weights.state) and not model.is_reparameterized:
-        raise ValueError(f"{weights.path} is reparameterised, for inference only; give the checkpoint it came from")
+    _check_activation(model, weights.path, weights.described)
+    if not model.is_reparameterized:
+        _check_unfolded(weights)
     state = _for_model(weights, model)
     expected = model.state_dict()
     if _POSITIONS in state and _POSITIONS in expected and len(state[_POSITIONS]) < len(expected[_POSITIONS]):
@@ -121,22 +123,26 @@ def load_weights(model: TwoTowers, weights: Weights | Path, settings: ModelSetti
     _load(model, state, weights.path)
 
 
-def resume_weights(model: TwoTowers, path: Path) -> None:
-    """Loads the weights of a run that goes on, or is evaluated, into a model that was built by the flags given now.
+def check_description(model: TwoTowers, path: Path) -> None:
+    """Checks what a run's checkpoint says of its model against one that was built by the flags given now.
+
+    Its weights are not read.
 
     Raises:
-        ValueError: if it prepares images in another way than the run did; and as `load_weights` does.
+        ValueError: if the model has another activation, or prepares images in another way, than the run's.
     """
-    weights = read_weights(path)
-    before, now = (
-        json.dumps(cfg, sort_keys=True) for cfg in (dict(weights.described.preprocess_cfg), model.preprocess_cfg)
-    )
-    if weights.described.preprocess_cfg and before != now:
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as file:
+            described = _description_in(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error}); resume from another one") from error
+    _check_activation(model, path, described)
+    before, now = (json.dumps(cfg, sort_keys=True) for cfg in (dict(described.preprocess_cfg), model.preprocess_cfg))
+    if described.preprocess_cfg and before != now:
         raise ValueError(
             f"{path} was trained on images prepared by {before}, and the flags mean {now}; "
             "give the same --force-image-size and --image-... flags"
         )
-    load_weights(model, weights)
 
 
 def load_image_tower(model: TwoTowers, weights: Weights) -> None:
@@ -149,9 +155,8 @@ def load_image_tower(model: TwoTowers, weights: Weights) -> None:
             activation.
     """
     if not hasattr(model.visual, "trunk"):  # timm's towers have activations of their own
-        _check_activation(model, weights)
-    if is_reparameterized_state(weights.state):
-        raise ValueError(f"{weights.path} is reparameterised, for inference only; give the checkpoint it came from")
+        _check_activation(model, weights.path, weights.described)
+    _check_unfolded(weights)
     state = {key: value for key, value in _for_model(weights, model).items() if key.startswith("visual.")}
     for key, value in model.state_dict().items():
         if not key.startswith("visual."):
@@ -162,10 +167,15 @@ def load_image_tower(model: TwoTowers, weights: Weights) -> None:
     _load(model, state, weights.path)
 
 
-def _check_activation(model: TwoTowers, weights: Weights) -> None:
-    if weights.described.quick_gelu not in (None, model.quick_gelu):
+def _check_unfolded(weights: Weights) -> None:
+    if is_reparameterized_state(weights.state):
+        raise ValueError(f"{weights.path} is reparameterised, for inference only; give the checkpoint it came from")
+
+
+def _check_activation(model: TwoTowers, path: Path, described: Description) -> None:
+    if described.quick_gelu not in (None, model.quick_gelu):
         raise ValueError(
-            f"{weights.path} was trained with quick_gelu={weights.described.quick_gelu}, the model has quick_gelu="
+            f"{path} was trained with quick_gelu={described.quick_gelu}, the model has quick_gelu="
             f"{model.quick_gelu}; choose a --model, and a --pretrained to start from, of the same activation"
         )
 
@@ -203,14 +213,17 @@ def _read(path: Path) -> tuple[dict[str, Any], Description]:
     """Returns what a file holds, and what a safetensors file of ours says of its model."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, Description(**described)  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}, _description_in(file)  # noqa: SIM118
     if is_torchscript(path):
         return read_torchscript(path), Description()
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}")
     return content, Description()
+
+
+def _description_in(file: Any) -> Description:
+    return Description(**json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}")))
 
 
 def _precise(value: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from typing import Any
 
 from jettclip import openclip
 
+PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
+"""What OpenCLIP publishes of how images are prepared; their size is the image tower's."""
+
 FOLDER = Path(__file__).parent / "configs"
 _IGNORED_KEYS = {"custom_text", "nonscalar_logit_scale"}  # our model is always of two separate towers, its scale [1]
 
@@ -38,9 +41,14 @@ class ModelConfig:
         return self.pretrained_as or self.name
 
 
+def our_models() -> list[str]:
+    """Returns the names of the models that are ours, in alphabetical order."""
+    return list(_ours())
+
+
 def list_models() -> list[str]:
     """Returns the names of all models, ours first."""
-    return [*_ours(), *openclip.list_models()]
+    return [*our_models(), *openclip.list_models()]
 
 
 def get_model_config(name: str) -> ModelConfig:
@@ -76,5 +84,6 @@ def _published_preprocessing(name: str) -> dict[str, Any]:
     OpenCLIP itself prepares images by OpenAI's statistics unless a tag is given, whatever the model.
     """
     configs = [openclip.get_pretrained_cfg(name, tag) for tag in openclip.list_pretrained_tags_by_model(name)]
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    return {key: configs[0][key] for key in keys if configs and all(c[key] == configs[0][key] for c in configs)}
+    return {
+        key: configs[0][key] for key in PREPROCESS_KEYS if configs and all(c[key] == configs[0][key] for c in configs)
+    }

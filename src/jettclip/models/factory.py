@@ -18,7 +18,7 @@ from jettclip import openclip
 from jettclip.models import nano  # noqa: F401 (registers its tower with timm)
 from jettclip.models.adapter import build_adapter
 from jettclip.models.checkpoints import Description, Weights, load_image_tower, load_weights, read_weights
-from jettclip.models.config import ModelConfig, get_model_config
+from jettclip.models.config import PREPROCESS_KEYS, ModelConfig, get_model_config
 from jettclip.models.mct import build_mct
 from jettclip.models.reparameterize import is_reparameterized_state, reparameterize
 from jettclip.models.text_tower import build_text_tower
@@ -68,9 +68,7 @@ def create_model(
     if image_weights and not weights and image_weights.described.quick_gelu is not None:
         config = replace(config, quick_gelu=image_weights.described.quick_gelu)
     config = _change(config, force_quick_gelu, force_patch_dropout, force_image_size, force_context_length)
-    given = {
-        "mean": image_mean, "std": image_std, "interpolation": image_interpolation, "resize_mode": image_resize_mode
-    }  # fmt: skip
+    given = dict(zip(PREPROCESS_KEYS, (image_mean, image_std, image_interpolation, image_resize_mode), strict=True))
     preprocess_cfg = {
         **config.preprocess_cfg,
         **{key: value for key, value in given.items() if value is not None},
@@ -145,8 +143,7 @@ def find_weights(config: ModelConfig, pretrained: str, cache_dir: str | None = N
             f"{pretrained!r} is neither a file or folder nor a tag of {config.name}; "
             f"its tags are {', '.join(tags) or 'none'}"
         )
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    preprocess_cfg = {key: published[key] for key in keys if key in published}
+    preprocess_cfg = {key: published[key] for key in PREPROCESS_KEYS if key in published}
     weights = read_weights(Path(openclip.download_pretrained(published, cache_dir=cache_dir)))
     return weights._replace(
         described=Description(quick_gelu=published.get("quick_gelu"), preprocess_cfg=preprocess_cfg)
