@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jettclip.data.captions import Caption
 from jettclip.data.features import PARTS, StoreInfo, digest, write_store
 
 KEYS = ["a", "b", "c"]
@@ -30,9 +32,9 @@ def info(**changes: Any) -> StoreInfo:
     )
 
 
-def content(part: str, key: str) -> str | bytes:
-    """Returns what a row was computed from."""
-    return f"{part} of {key}".encode() if part == "image" else f"{part} of {key}"
+def content(part: str, key: str, index: int = 0) -> str | bytes:
+    """Returns what a row was computed from; a sample may have several captions."""
+    return f"{part} of {key}".encode() if part == "image" else f"{part} of {key}" + index * "'"
 
 
 def features(width: int = WIDTH, seed: int = 0, keys: Sequence[str] = KEYS) -> dict[str, Tensor]:
@@ -51,6 +53,50 @@ def write(
     return dict(rows)
 
 
-def contents(key: str) -> dict[str, str | bytes]:
-    """Returns what all rows of a key were computed from."""
-    return {part: content(part, key) for part in PARTS}
+def write_reinforced(
+    path: Path, augmentations: Sequence[str], captions: int = 5, seed: int = 0, **changes: Any
+) -> dict[str, Tensor]:
+    """Writes a store of one feature for each augmentation and caption of a key; returns them.
+
+    Args:
+        path: file to write.
+        augmentations: of each key, a JSON list.
+        captions: how many each sample has in either view.
+        seed: of the features.
+        changes: of `info`, or of what else `write_store` takes.
+    """
+    options = {name: changes.pop(name) for name in ("dtype", "image_sizes") if name in changes}
+    generator = torch.Generator().manual_seed(seed)
+    width = changes.get("width", WIDTH)
+    columns = {"image": len(json.loads(augmentations[0])), "short": captions, "long": captions}
+    rows = {part: torch.randn(len(KEYS), its, width, generator=generator).bfloat16() for part, its in columns.items()}
+    digests = {
+        part: [
+            [digest(content(part, key, index)) for index in range(1 if part == "image" else captions)] for key in KEYS
+        ]
+        for part in PARTS
+    }
+    write_store(
+        path,
+        KEYS,
+        rows,
+        digests,
+        info(**{"augmentation": '{"magnitude": 9}'} | changes),
+        augmentations=augmentations,
+        **{"image_sizes": [(300, 400)] * len(KEYS)} | options,
+    )
+    return rows
+
+
+def contents(key: str, parts: Sequence[str] = PARTS, index: int = 0) -> dict[str, bytes | Caption]:
+    """Returns what is looked up for a key: its image, and one of its captions in each view."""
+    found: dict[str, bytes | Caption] = {}
+    for part in parts:
+        its = content(part, key, index if part != "image" else 0)
+        found[part] = its if isinstance(its, bytes) else Caption(its, f"{part}_caption", index)
+    return found
+
+
+def group(shard: str, key: str) -> dict[str, str]:
+    """Returns of a sample's tar members what stores are looked up by."""
+    return {"__shard__": shard, "__key__": key}

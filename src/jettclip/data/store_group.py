@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from jettclip.data.augmentation import StoredAugmentation
+from jettclip.data.captions import Caption
 from jettclip.data.counts import DataError, Dropped
-from jettclip.data.features import Store, StoreInfo, store_path
+from jettclip.data.features import Store, StoreInfo, digest, store_path
+from jettclip.data.policies import is_random
 from jettclip.data.streams import is_local
 from jettclip.types import AdapterInfo, TeacherFeatures, TeacherInfo
 
 OPEN_SHARDS = 16
 """Shards whose stores stay open, since a shuffle buffer mixes the samples of several; 10,000 keys take some 2 MB."""
+
+
+class Rows(NamedTuple):
+    """What the stores say of one sample."""
+
+    features: TeacherFeatures  # [Dt]
+    augmentation: StoredAugmentation | None  # that the image features belong to
 
 
 class StoreGroup:
@@ -26,31 +37,38 @@ class StoreGroup:
         on_missing: ``error`` or ``drop``, for a sample whose features are missing, stale, or of another teacher.
     """
 
+    members: frozenset[str] = frozenset()  # of the samples: none are read
+    sees_upright = True  # its teachers saw images turned as their EXIF data says
+
     def __init__(self, names: Sequence[str], folder: str, expected: Sequence[StoreInfo], on_missing: str) -> None:
         self.names, self.folder, self.expected, self.on_missing = names, folder, expected, on_missing
+        self.has_augmentations = any(info.augmentation for info in expected)  # that must be replayed on the images
         self._opened: dict[str, list[Store] | Dropped] = {}
 
     @property
     def teachers(self) -> list[TeacherInfo]:
         """The teachers, as the loss must know them."""
         return [
-            TeacherInfo(name, info.width, info.logit_scale)
-            for name, info in zip(self.names, self.expected, strict=True)
+            teacher for name, info in zip(self.names, self.expected, strict=True) for teacher in info.teachers(name)
         ]
 
-    def lookup(self, shard: str, key: str, contents: Mapping[str, bytes | str]) -> TeacherFeatures:
-        """Returns the features [Dt] of one sample, for the parts in `contents`, the teachers side by side.
+    def lookup(
+        self, group: Mapping[str, Any], contents: Mapping[str, bytes | Caption], pick: Callable[[int], int]
+    ) -> Rows:
+        """Returns the features of one sample, the teachers side by side.
+
+        Args:
+            group: the sample's tar members, of which the key and the shard are read.
+            contents: what to look up: ``image``, the encoded image, and the captions chosen as ``short`` and ``long``.
+            pick: chooses one of so many augmentations of the image.
 
         Raises:
-            DataError: if they are missing, stale, or of another teacher than the other shards'.
+            DataError: if features are missing, stale, or of another teacher than the other shards'.
             Dropped: in the same cases, if `on_missing` is ``drop``.
         """
+        shard, key = group["__shard__"], group["__key__"]
         try:
-            stores = self._stores(shard)
-            found = {
-                part: torch.cat([store.row(part, key, content) for store in stores])
-                for part, content in contents.items()
-            }
+            return self._lookup(self._stores(shard), key, contents, pick)
         except Dropped as problem:
             if self.on_missing == "drop":
                 raise
@@ -59,7 +77,29 @@ class StoreGroup:
                 "scripts/extract_features.py --overwrite, or give --on-missing-features drop to go on without "
                 "such samples"
             ) from problem
-        return TeacherFeatures(found.get("image"), found.get("short"), found.get("long"))
+
+    def _lookup(
+        self, stores: Sequence[Store], key: str, contents: Mapping[str, bytes | Caption], pick: Callable[[int], int]
+    ) -> Rows:
+        wanted = {
+            part: digest(content if isinstance(content, bytes) else content.text) for part, content in contents.items()
+        }
+        try:
+            places = [store.find_all(key, wanted) for store in stores]
+        except Dropped as problem:
+            _blame_policy(problem, contents)
+            raise
+        augmentation = None
+        if self.has_augmentations and "image" in contents:
+            which, augmentation = _choose(stores, [its["image"][0] for its in places], pick)
+            for its in places:
+                its["image"] = its["image"][0], which
+        found = stores[0].read_all(places[0])
+        if len(stores) > 1:
+            rows = [found, *map(Store.read_all, stores[1:], places[1:])]
+            found = [torch.cat(features) for features in zip(*rows, strict=True)]  # in the widest number format
+        features = dict(zip(contents, found, strict=True))
+        return Rows(TeacherFeatures(features.get("image"), features.get("short"), features.get("long")), augmentation)
 
     def _stores(self, shard: str) -> list[Store]:
         """Returns the open stores of a shard, or raises Dropped with what is wrong with them."""
@@ -69,6 +109,7 @@ class StoreGroup:
             try:
                 self._opened[shard] = self._open(shard)
             except Dropped as problem:
+                problem.__cause__ = problem.__context__ = None  # or its frames would keep the file open
                 self._opened[shard] = problem
         stores = self._opened[shard]
         if isinstance(stores, Dropped):
@@ -80,6 +121,25 @@ class StoreGroup:
         for store, expected in zip(stores, self.expected, strict=True):
             store.check(expected)
         return stores
+
+
+def _blame_policy(problem: Dropped, contents: Mapping[str, bytes | Caption]) -> None:
+    """Raises Dropped if a random policy is why a caption has no feature; the reason of `problem` begins with a part."""
+    for part, content in contents.items():
+        if isinstance(content, Caption) and is_random(content.policy) and problem.reason.startswith(part):
+            raise Dropped(f"captions of a random policy have no {part} features", content.policy) from problem
+
+
+def _choose(stores: Sequence[Store], rows: Sequence[int], pick: Callable[[int], int]) -> tuple[int, StoredAugmentation]:
+    """Returns which of an image's augmentations to take, and the augmentation; each store has the image in its row."""
+    drawn, *others = [store.drawn(row) for store, row in zip(stores, rows, strict=True)]
+    if drawn is None or any(other != drawn for other in others):
+        raise Dropped(
+            "teachers saw different augmentations",
+            f"{', '.join(store.path for store in stores)}; extract all of them with the same augmentations and seed",
+        )
+    which = pick(stores[0].augmentations)
+    return which, drawn.choose(which, stores[0].augmentations)
 
 
 def open_stores(shards: Sequence[str], names: Sequence[str], folder: str, on_missing: str) -> StoreGroup:
@@ -98,12 +158,20 @@ def open_stores(shards: Sequence[str], names: Sequence[str], folder: str, on_mis
                 f"{len(missing)} of {len(paths)} stores of {name!r} are missing, the first is {missing[0]}; "
                 "extract them with scripts/extract_features.py, or check the name and --features-dir"
             )
-        try:
-            expected.append(Store(next(path for path in paths if os.path.exists(path))).info)
-        except Dropped as problem:
-            raise DataError(f"{problem}; extract it again") from problem
+        expected.append(_first_info([path for path in paths if os.path.exists(path)], on_missing))
     check_places(shards, folder)
     return StoreGroup(names, folder, expected, on_missing)
+
+
+def _first_info(paths: Sequence[str], on_missing: str) -> StoreInfo:
+    """Returns what the first of some stores says of its teacher, or if others may be lost, the first that is whole."""
+    for path in paths:
+        try:
+            return Store(path).info
+        except Dropped as problem:
+            if on_missing == "error" or path == paths[-1]:
+                raise DataError(f"{problem}; extract it again") from problem
+    raise AssertionError("there is at least one path")
 
 
 def check_width(stores: StoreGroup, adapter: AdapterInfo) -> None:
