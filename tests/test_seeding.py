@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from jettclip.seeding import random_state, seed_everything, seeded, set_random_state
+from jettclip.seeding import generator_of, random_state, seed_everything, seed_of, seeded, set_random_state
 
 Draw = tuple[float, float, float, float]
 
@@ -45,6 +45,18 @@ def test_seeded_draws_the_same_and_leaves_no_trace() -> None:
     assert [first, second, draw()] == undisturbed
     assert inside == again
     assert all(one != two for one, two in zip(inside, other, strict=True))
+
+
+def test_a_torch_generator_with_the_seed_of_a_text_draws_what_seeded_does() -> None:
+    assert seed_of("sample 7") != seed_of("sample 8")
+    own = torch.rand(5, generator=torch.Generator().manual_seed(seed_of("sample 7")))
+    with seeded("sample 7"):
+        assert torch.equal(torch.rand(5), own)
+
+
+def test_a_generator_is_a_function_of_what_is_named() -> None:
+    assert generator_of(1, 2, "key", "purpose").random() == generator_of(1, 2, "key", "purpose").random()
+    assert len({generator_of(1, 2, key, what).random() for key in "ab\udcff" for what in ("x", "y")}) == 6
 
 
 def test_seeded_restores_after_an_error() -> None:

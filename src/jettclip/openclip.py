@@ -35,7 +35,7 @@ from open_clip.model import (
 )
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from open_clip.tokenizer import get_clean_fn
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import CenterCropOrPad, MaybeConvertMode, PreprocessCfg, ResizeKeepRatio, image_transform_v2
 from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock, TextTransformer
 from open_clip_train.distributed import init_distributed_device_so
 from open_clip_train.precision import get_autocast
@@ -48,10 +48,13 @@ __all__ = [
     "OPENAI_IMAGENET_TEMPLATES",
     "CLIPTextCfg",
     "CLIPVisionCfg",
+    "CenterCropOrPad",
     "LayerNorm",
+    "MaybeConvertMode",
     "PreprocessCfg",
     "QuickGELU",
     "ResidualAttentionBlock",
+    "ResizeKeepRatio",
     "SimpleTokenizer",
     "TextTransformer",
     "build_hf_text_tower",

@@ -52,7 +52,10 @@ def test_captions_are_cropped_for_the_teachers_that_ignore_padding(crop: tuple[b
 
 def test_images_are_laid_out_by_channel_whatever_the_transform_left() -> None:
     image = torch.zeros(4, 5, 3, dtype=torch.uint8).permute(2, 0, 1)  # as torchvision's PILToTensor leaves it
-    assert collate([make(0, image), make(1, image)]).image.is_contiguous()
+    for other in (image, torch.ones(3, 4, 5, dtype=torch.uint8)):
+        batch = collate([make(0, image), make(1, other)]).image
+        assert batch.is_contiguous()
+        assert torch.equal(batch, torch.stack([image.contiguous(), other.contiguous()]))
 
 
 def test_embeddings_of_several_widths_are_an_error() -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,8 @@ def tar_bytes(members: Sequence[tuple[str, bytes]], format: int = tarfile.PAX_FO
     return bytearray(stream.getvalue())
 
 
-def read(data: bytes, tally: Tally | None = None, **bounds: int) -> list[dict[str, object]]:
-    return list(read_samples(io.BytesIO(data), ALL, tally or Tally(), "shard", **bounds))
+def read(data: bytes, tally: Tally | None = None, **bounds: int | None) -> list[dict[str, object]]:
+    return list(read_samples(io.BytesIO(data), ALL, tally or Tally(), "shard", **bounds))  # type: ignore[arg-type]
 
 
 def member_at(data: bytes, name: str) -> int:
@@ -185,6 +187,26 @@ def test_a_member_that_comes_twice_is_read_once_and_counted() -> None:
     assert tally.damaged == {"member occurs twice in a sample": 1}
 
 
+@pytest.mark.parametrize("bounds", [[0], [0, 2], [0, 1, 2, 3], [0, 4], [0, 5]])
+def test_slices_together_count_and_log_all_damage_once(bounds: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    names = ["first", "a.png", "a.png", "a.txt", "b.png", "x", "b.txt", "a.txt", "c.txt", "c.txt", "d.txt", "last"]
+    data = tar_bytes([(name, name.encode()) for name in names])
+    data[member_at(data, "b.png") + 120] ^= 0xFF
+    damaged, found = Counter[str](), ""
+    for first, stop in pairwise([*bounds, None]):
+        tally = Tally()
+        found += "".join(str(s["__key__"]) for s in read(data, tally, first=first, stop=stop))
+        damaged += tally.damaged
+    assert found == "abcd"
+    assert damaged == {
+        "tar header is damaged": 1,
+        "member name has no key and extension": 3,
+        "member occurs twice in a sample": 2,
+        "key occurs again later in the shard": 1,
+    }
+    assert caplog.text.count("tar header is damaged") == caplog.text.count("key occurs again") == 1
+
+
 def test_links_and_folders_are_no_members_whatever_size_they_state() -> None:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "all"}) as tar:
@@ -229,3 +251,37 @@ def test_no_damage_stops_the_reading_for_good(changes: list[tuple[int, bytes]]) 
 def test_walk_lists_members_that_can_be_read_in_any_order() -> None:
     members = list(walk(io.BytesIO(tar_bytes([("a.txt", b"one"), ("b.txt", b"two")])), Tally(), "shard"))
     assert [member.read() for member in reversed(members)] == [b"two", b"one"]
+
+
+FIELDS = {"name": (0, 100), "mode": (100, 108), "size": (124, 136), "type": (156, 157), "magic": (257, 265),
+          "device": (329, 337), "prefix": (345, 500)}  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    st.sampled_from(list(FIELDS)),
+    st.binary(max_size=12) | st.from_regex(rb"[0-7 \0]{1,12}", fullmatch=True),
+    st.sampled_from([0, 0, 0, 1]),
+)
+def test_a_header_is_read_as_tarfile_reads_it(format: int, field: str, value: bytes, error: int) -> None:
+    data = tar_bytes([("a.txt", b"one")], format)
+    header = data[:BLOCK]
+    start, end = FIELDS[field]
+    value = value[: end - start]
+    header[start : start + len(value)] = value
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % (sum(header) + error)
+    try:
+        expected = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "backslashreplace")
+    except tarfile.HeaderError:
+        expected = None
+    tally = Tally()
+    found = [(member.name, member.size) for member in walk(io.BytesIO(header + bytes(2 * BLOCK)), tally, "shard")]
+    if expected is None or expected.size < 0:
+        assert found == []
+        assert tally.damaged["tar header is damaged"] == 1
+    elif expected.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+        assert found == [(expected.name, expected.size)]
+    else:
+        assert found == []

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -37,3 +39,29 @@ def test_other_errors_keep_their_traceback(workers: int) -> None:
     with pytest.raises(KeyError) as error:
         list(run_workers(Numbers(KeyError("a bug")), workers))
     assert ("in __iter__" in str(error.value)) == (workers > 0)
+
+
+class Allocations(IterableDataset[int]):
+    """Frees 64 MiB of small pieces, and says how much of it stays with the process."""
+
+    def __iter__(self) -> Iterator[int]:
+        before = resident()
+        pieces = [b"x" * 2**16 for _ in range(1024)]
+        del pieces
+        yield resident() - before
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these thresholds")
+def test_loader_processes_keep_freed_memory_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (kept,) = run_workers(Allocations(), 1)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    (returned,) = run_workers(Allocations(), 1)
+    assert kept > 50 * 2**20
+    assert returned < 20 * 2**20

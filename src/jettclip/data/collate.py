@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from jettclip.data.counts import DataError
 from jettclip.data.sample import Sample
@@ -31,8 +32,10 @@ def collate(samples: list[Sample], crop_captions: bool = False, crop_teachers: S
     elif samples[0].teacher is not None:
         asked = ([getattr(sample.teacher, view) for sample in samples] for view in VIEWS)
         teacher = TeacherTokens(*(_stack_tokens(rows, crop_teachers) for rows in asked))
-    # contiguous: torchvision's PILToTensor transposes by strides only, and CPU convolutions crawl on that layout
-    return Batch(torch.stack([sample.image.contiguous() for sample in samples]), short, long, teacher)
+    # straight into shared memory in a worker; by channel, since PILToTensor and our fast decoder leave the channels of
+    # a pixel side by side, on which CPU convolutions crawl
+    images = default_collate([sample.image for sample in samples]).contiguous()
+    return Batch(images, short, long, teacher)
 
 
 def _stack(rows: list[Tensor | None], view: str, crop: bool) -> Tensor | None:

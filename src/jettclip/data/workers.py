@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
 import sys
 from collections.abc import Iterator
 from multiprocessing import ProcessError
@@ -13,6 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from jettclip.data.counts import DataError
 
 T = TypeVar("T")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def run_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
@@ -26,7 +31,7 @@ def run_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_stay_quiet_when_left,
+        worker_init_fn=_start,
     )
     try:
         yield from loader
@@ -36,7 +41,24 @@ def run_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
         raise DataError(message) from error.with_traceback(None)
 
 
-def _stay_quiet_when_left(worker: int) -> None:
+def _start(worker: int) -> None:
+    keep_freed_memory()
+    _stay_quiet_when_left()
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc's malloc keep what is freed for the next image, where it would give it back and fault it in again.
+
+    Both thresholds or neither: setting one ends glibc's own adapting of the other. Those of the environment stay.
+    """
+    chosen = os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    if platform.libc_ver()[0] == "glibc" and not chosen:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that it takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
+
+
+def _stay_quiet_when_left() -> None:
     """Keeps a loader process from printing that an interrupted main process hung up while it was handing on a tensor.
 
     Errors of the data set itself travel to the main process, and are not printed here.
