@@ -5,7 +5,16 @@ from collections import Counter
 
 import pytest
 
-from jettclip.data.counts import ENOUGH_SAMPLES, FIRST_SAMPLES, DataError, Dropped, Tally, check_drop_rate, describe
+from jettclip.data.counts import (
+    ENOUGH_SAMPLES,
+    FIRST_SAMPLES,
+    DataError,
+    Dropped,
+    HeldDamage,
+    Tally,
+    check_drop_rate,
+    describe,
+)
 
 
 def test_a_run_without_a_first_usable_sample_stops_naming_the_reasons() -> None:
@@ -72,6 +81,22 @@ def test_a_reason_is_logged_once_with_an_example(caplog: pytest.LogCaptureFixtur
         "dropped sample 0: image is missing (further ones are only counted)",
         "0.tar: shard is cut short",
     ]
+
+
+def test_damage_that_is_held_is_counted_and_logged_once_it_is_ones_own(caplog: pytest.LogCaptureFixture) -> None:
+    tally = Tally()
+    held = HeldDamage(tally)
+    held.damage("shard is cut short", "0.tar")
+    assert not tally.damaged
+    held.settle(False)
+    held.settle(True)
+    assert not tally.damaged
+    assert not caplog.messages
+    held.damage("shard is cut short", "1.tar")
+    held.settle(True)
+    held.settle(True)
+    assert tally.damaged == {"shard is cut short": 1}
+    assert caplog.messages == ["1.tar: shard is cut short"]
 
 
 @pytest.mark.parametrize("error", [DataError("what was found"), Dropped("image is missing", "it has txt")])

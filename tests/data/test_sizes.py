@@ -11,6 +11,7 @@ import pytest
 
 from jettclip.data import sizes as module
 from jettclip.data.counts import DataError
+from jettclip.data.manifest import write_manifest
 from jettclip.data.shards import find_shards
 from support import run_ranks, sample, write_shard, write_shards
 
@@ -158,3 +159,27 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
     urls = write_shards(tmp_path, [3, 4])
     assert run_ranks(2, lambda: sizes_of(urls)) == [[3, 4], [3, 4]]
     assert recorded(tmp_path) == {"000000.tar": 3, "000001.tar": 4}
+
+
+def test_a_manifest_says_what_a_damaged_shard_should_hold(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url, other = write_shards(tmp_path, [3, 4]).split("::")
+    write_manifest(url, [(f"{i}", {}) for i in range(5)])
+    assert sizes_of([url, other]) == [5, 4]
+    assert recorded(tmp_path) == {"000000.tar": 5, "000001.tar": 4}
+    write_later(tmp_path / "000000.tar", 1)
+    write_later(tmp_path / "000001.tar", 1)
+    assert sizes_of([url, other]) == [5, 1]
+    Path(url).write_bytes(b"")
+    assert sizes_of([url, other]) == [5, 1]
+    (tmp_path / "000000.manifest.json").write_text("{")
+    assert sizes_of([url, other]) == [0, 1]
+    assert "the shard is counted instead: " in caplog.text
+    assert f"1 of 2 shards hold no samples, or are no tar files; the first is {url}" in caplog.text
+
+
+def test_a_manifest_that_is_newer_than_the_recorded_size_is_believed(tmp_path: Path) -> None:
+    url = write_shards(tmp_path, [3])
+    assert sizes_of(url) == [3]
+    write_manifest(url, [("a", {}), ("b", {})])
+    os.utime(tmp_path / "000000.manifest.json", (2**33, 2**33))
+    assert sizes_of(url) == [2]

@@ -50,11 +50,11 @@ class Tally:
         """Counts something worth reporting that loses nothing, such as a caption made by a policy."""
         self.noted[event] += 1
 
-    def damage(self, event: str, shard: str) -> None:
+    def damage(self, event: str, shard: str, count: int = 1) -> None:
         """Counts damage to a shard, and warns the first time it is seen; how many samples it cost may be unknown."""
         if not self.damaged[event]:
             logging.warning(f"{shard}: {event}")
-        self.damaged[event] += 1
+        self.damaged[event] += count
 
     def drop(self, reason: str, example: str) -> None:
         """Counts a sample that was read and cannot be used.
@@ -87,6 +87,28 @@ class Tally:
         dropped, damaged, noted = (dict(new - old) for new, old in zip(now, self._reported, strict=True))
         self._reported = now
         return BatchInfo(keys, dropped, damaged, noted)
+
+
+class HeldDamage:
+    """Damage to a shard, until it is known which of its readers is to count it.
+
+    All who read a slice of a shard walk it from its start, and find the same damage on their way.
+    """
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._found: list[tuple[str, str]] = []
+
+    def damage(self, event: str, shard: str) -> None:
+        """Holds back what `Tally.damage` would count and log."""
+        self._found.append((event, shard))
+
+    def settle(self, mine: bool) -> None:
+        """Counts what is held back if it is this reader's to count, and forgets it if it is another's."""
+        if mine:
+            for event, shard in self._found:
+                self._tally.damage(event, shard)
+        self._found.clear()
 
 
 def check_drop_rate(kept: int, dropped: Counter[str], max_drop_rate: float) -> None:

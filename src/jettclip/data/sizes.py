@@ -1,8 +1,9 @@
-"""Knows how many samples each shard holds: from a ``sizes.json`` beside it, as OpenCLIP's, or from counting.
+"""Knows how many samples each shard holds: from a ``sizes.json`` beside it, as OpenCLIP's, its manifest, or counting.
 
-What was counted is written to that file, so that only the first start counts. A shard that is newer than its
-``sizes.json``, whoever wrote that, is counted again. A change that keeps an old date is noticed when the shard is read:
-it then ends before the recorded number of samples, or goes on after it.
+What was found is written to that file, so that only the first start counts. A shard that is newer than its
+``sizes.json``, whoever wrote that, is looked at again; by its manifest, what damage took from it is expected still. A
+change that keeps an old date is noticed when the shard is read: it then ends before the recorded number of samples, or
+goes on after it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import fsspec
 from tqdm import tqdm
 
 from jettclip.data.counts import DataError, Tally
-from jettclip.data.streams import is_local, read_shard
-
-FILE = "sizes.json"
+from jettclip.data.manifest import manifest_path
+from jettclip.data.streams import SIZES, find_manifest, is_local, open_shard
+from jettclip.data.tar import read_samples
 
 
 def sizes_of(urls: Iterable[str]) -> dict[str, int]:
@@ -52,6 +53,11 @@ def sizes_of(urls: Iterable[str]) -> dict[str, int]:
     finally:  # what was counted before a stop need not be counted again
         for folder, found in new.items():
             _record(folder, recorded[folder] | found, len(found))
+    empty = [url for url in urls if not known[url]]
+    if empty:
+        logging.warning(
+            f"{len(empty)} of {len(urls)} shards hold no samples, or are no tar files; the first is {empty[0]}"
+        )
     return known
 
 
@@ -60,7 +66,7 @@ def _folder(url: str) -> str:
 
 
 def _count(urls: list[str]) -> Iterator[tuple[str, int]]:
-    """Counts samples by reading tar headers, on all cores where there is enough to do."""
+    """Counts samples by manifests, or else tar headers, on all cores where there is enough to do."""
     if len(urls) < 16:
         yield from ((url, _count_one(url)) for url in urls)
         return
@@ -72,14 +78,24 @@ def _count(urls: list[str]) -> Iterator[tuple[str, int]]:
 
 
 def _count_one(url: str) -> int:
-    return sum(1 for _ in read_shard(url, frozenset(), Tally()))
+    try:
+        manifest = find_manifest(url)
+    except DataError as error:
+        logging.warning(f"the shard is counted instead: {error}")
+        return _count_headers(url)
+    return _count_headers(url) if manifest is None else len(manifest)
+
+
+def _count_headers(url: str) -> int:
+    with open_shard(url) as stream:
+        return sum(1 for _ in read_samples(stream, frozenset(), Tally(), url))
 
 
 def _recorded(folder: str) -> dict[str, int]:
     """Reads a ``sizes.json``, samples by shard name, if there is one; leaves out local shards that are newer."""
     if folder.startswith("pipe:"):
         return {}
-    path, local = os.path.join(folder, FILE), is_local(folder)
+    path, local = os.path.join(folder, SIZES), is_local(folder)
     try:
         with open(path, encoding="utf-8") if local else fsspec.open(path, "r", encoding="utf-8") as stream:
             sizes = {name: int(size) for name, size in json.load(stream).items()}
@@ -96,27 +112,42 @@ def _recorded(folder: str) -> dict[str, int]:
             f'{path} is not {{"000000.tar": 1000, ...}}, samples by shard: {error}; mend it, or delete it to have '
             "them counted"
         ) from error
-    return {name: size for name, size in sizes.items() if not _is_newer(os.path.join(folder, name), written)}
+    return {name: size for name, size in sizes.items() if not _has_changed(os.path.join(folder, name), written)}
 
 
-def _is_newer(path: str, time: int) -> bool:
-    try:
-        return os.stat(path).st_mtime_ns > time
-    except OSError:
-        return False
+def _has_changed(shard: str, since: int) -> bool:
+    """Tells whether a shard, or its manifest, is newer than a time."""
+    for path in (shard, manifest_path(shard)):
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mtime_ns > since:
+                return True
+    return False
 
 
 def _record(folder: str, sizes: Mapping[str, int], counted: int) -> None:
     """Writes a ``sizes.json``, if the folder lets us."""
-    path = os.path.join(folder, FILE)
+    path = os.path.join(folder, SIZES)
+    try:
+        write_sizes(folder, sizes)
+    except OSError as error:
+        logging.info(f"Counted {counted} shards; every start will, since {path} cannot be written: {error}")
+    else:
+        logging.info(f"Counted {counted} shards, and wrote their sizes to {path}")
+
+
+def write_sizes(folder: str, sizes: Mapping[str, int]) -> None:
+    """Writes the ``sizes.json`` of a folder: samples by shard name.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left behind.
+    """
+    path = os.path.join(folder, SIZES)
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, "w", encoding="utf-8") as stream:
             json.dump(dict(sorted(sizes.items())), stream, indent=1)
         os.replace(partial, path)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             os.remove(partial)
-        logging.info(f"Counted {counted} shards; every start will, since {path} cannot be written: {error}")
-    else:
-        logging.info(f"Counted {counted} shards, and wrote their sizes to {path}")
+        raise
