@@ -115,6 +115,60 @@ def test_value_and_gradient_are_the_dense_formulas(formula: str, dtype: torch.dt
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
+def reinforced(features: Features, teacher: TeacherFeatures, weight: float) -> tuple[Tensor, Tensor]:
+    """MobileCLIP's loss of its equations 2 to 4 (arXiv 2311.17049), lambda = 1 - weight, and its code's.
+
+    Returns:
+        as the paper has it, with the mean of the teachers' divergences; and as the code has it, with the divergence
+        from the mean of their probabilities, whose gradient is the same.
+    """
+    ends = [0, *torch.tensor([one.width for one in TEACHERS]).cumsum(0).tolist()]
+    papers = codes = torch.zeros((), dtype=torch.float64)
+    for view in ("long", "short"):  # real captions, and synthetic ones
+        for image, text in (("image", view), (view, "image")):
+            logits = features.logit_scale * getattr(features, image) @ getattr(features, text).T
+            student = (logits.exp() / logits.exp().sum(dim=1, keepdim=True)).log()
+            probabilities = []
+            for k, one in enumerate(TEACHERS):
+                columns = slice(ends[k], ends[k + 1])
+                exponents = one.logit_scale * getattr(teacher, image)[:, columns] @ getattr(teacher, text)[:, columns].T
+                probabilities.append(exponents.exp() / exponents.exp().sum(dim=1, keepdim=True))
+                divergence = (probabilities[k] * (probabilities[k].log() - student)).sum() / ROWS
+                papers = papers + (1 - weight) * divergence / len(TEACHERS) / 2
+            mean = torch.stack(probabilities).mean(dim=0)
+            contrast = -student.diagonal().mean() / 2
+            papers = papers + weight * contrast
+            codes = codes + weight * contrast + (1 - weight) * (mean * (mean.log() - student)).sum() / ROWS / 2
+    return papers, codes
+
+
+@pytest.mark.parametrize(
+    ("formula", "settings", "weight"),
+    [
+        ("mobileclip-dr", {"pca_components": None}, 0.0),
+        ("0.25*clip@long + 0.25*clip@short + 0.75*kd@long + 0.75*kd@short", {"pca_components": 0}, 0.25),
+    ],
+)
+def test_mobileclips_loss_is_summed_over_real_and_synthetic_captions(
+    formula: str, settings: dict[str, Any], weight: float
+) -> None:
+    features, teacher = batch_of(torch.float64)
+    total = loss_of(formula, **settings)(features, teacher).total
+    papers, codes = reinforced(features, teacher, weight)
+    torch.testing.assert_close(total, codes, rtol=1e-11, atol=1e-11)
+    assert not torch.isclose(total, papers)  # by the teachers' entropies, which are constant
+    for ours, theirs in zip(gradients(total, features), gradients(papers, features), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+def test_the_presets_principal_components_are_kept_unless_settings_say_otherwise() -> None:
+    features, teacher = batch_of(torch.float64)
+    assert loss_of("mobileclip-dr", pca_components=None).pca_components == 0
+    assert loss_of("longclip", pca_components=None).pca_components == 32
+    changed = loss_of("mobileclip-dr", pca_components=COMPONENTS)
+    assert torch.equal(changed(features, teacher).total, loss_of("kd@long + kd@short")(features, teacher).total)
+
+
 def test_terms_are_reported_unweighted_and_sum_up_to_the_total() -> None:
     features, teacher = batch_of(torch.float64)
     loss = loss_of(EVERY_TERM)

@@ -39,7 +39,8 @@ def test_a_wrong_formula_is_refused_by_its_summand(text: str, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("typo", "preset"), [("jetclip", "jettclip"), ("long-clip", "longclip"), ("OpenCLIP", "openclip")]
+    ("typo", "preset"),
+    [("jetclip", "jettclip"), ("long-clip", "longclip"), ("OpenCLIP", "openclip"), ("mobileclip", "mobileclip-dr")],
 )
 def test_a_preset_with_a_typo_is_answered_with_the_near_one(typo: str, preset: str) -> None:
     with pytest.raises(ValueError, match=f"did you mean the preset {preset}"):
@@ -56,7 +57,12 @@ def test_presets_have_their_published_constants() -> None:
     assert find_recipe(LossSettings(loss="jettclip")) == Recipe(
         "0.8*clip@long + 0.4*clip@short + 1.5*kd@long + 0.5*kd@short", 0.1, 100.0, 100.0, 0.0
     )
-    assert LossSettings().loss == "openclip"
+    # arXiv 2311.17049, section 4.2: lambda = 1; its code (github.com/apple/ml-mobileclip) has no principal components
+    assert find_recipe(LossSettings(loss="mobileclip-dr")) == Recipe(
+        "1*kd@long + 1*kd@short", 0.0, None, None, 100.0, pca_components=0
+    )
+    assert {name for name, recipe in PRESETS.items() if recipe.pca_components != 32} == {"mobileclip-dr"}
+    assert find_recipe(LossSettings()) == PRESETS["openclip"]
     for recipe in PRESETS.values():
         assert parse_formula(recipe.formula)
 
@@ -72,8 +78,10 @@ def test_a_formula_has_openclips_constants() -> None:
         {"teacher_scale": 50.0},
         {"logit_scale_init": 14.0},
         {"logit_scale_max": 200.0, "label_smoothing": 0.2},
+        {"pca_components": 0},
+        {"pca_components": 16},
     ],
 )
 def test_settings_override_the_presets_constants(changed: dict[str, float]) -> None:
-    recipe = find_recipe(LossSettings(loss="jettclip", **changed))
-    assert recipe == PRESETS["jettclip"]._replace(**changed)
+    for preset in ("jettclip", "mobileclip-dr"):
+        assert find_recipe(LossSettings(loss=preset, **changed)) == PRESETS[preset]._replace(**changed)

@@ -39,7 +39,7 @@ class Loss(nn.Module):
         self.summands = parse_formula(self.recipe.formula)
         self.views = views_of(self.recipe.formula)
         self.teacher_parts = teacher_parts_of(self.recipe.formula)
-        self.pca_components, self.pca_is_global = settings.pca_components, settings.pca_scope == "global"
+        self.pca_components, self.pca_is_global = self.recipe.pca_components, settings.pca_scope == "global"
         self.teachers = list(teachers) if self.teacher_parts else []
         if self.teacher_parts and not teachers:
             raise ValueError(

@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from jettclip.settings import LossSettings
+from jettclip.settings import USUAL_LOSS, LossSettings
 from jettclip.types import VIEWS
 
 TERMS = ("clip", "kd", "mse")
@@ -30,6 +30,7 @@ class Recipe(NamedTuple):
     teacher_scale: float | None = None  # None: each teacher's own
     logit_scale_init: float | None = None  # None: the model's, or the checkpoint's
     logit_scale_max: float = 100.0  # 0: no limit
+    pca_components: int = 32  # of the image features that the short view sees; 0: all
 
 
 PRESETS = {
@@ -45,6 +46,9 @@ PRESETS = {
         logit_scale_init=100.0,
         logit_scale_max=0.0,
     ),
+    # arXiv 2311.17049, equations 2 to 4 with lambda = 1, as for S0 to S2: summed over the real captions, which are the
+    # long view, and the synthetic ones, which are the short view and paired with whole image features too
+    "mobileclip-dr": Recipe("1*kd@long + 1*kd@short", pca_components=0),
 }
 
 
@@ -78,8 +82,9 @@ def find_recipe(settings: LossSettings) -> Recipe:
     Raises:
         ValueError: if it is neither a preset nor a formula.
     """
-    recipe = PRESETS.get(settings.loss) or Recipe(settings.loss)
+    loss = settings.loss or USUAL_LOSS
+    recipe = PRESETS.get(loss) or Recipe(loss)
     parse_formula(recipe.formula)
-    names = ("label_smoothing", "teacher_scale", "logit_scale_init", "logit_scale_max")
+    names = ("label_smoothing", "teacher_scale", "logit_scale_init", "logit_scale_max", "pca_components")
     changed = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     return recipe._replace(**changed)
