@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -8,7 +9,18 @@ import pytest
 import torch
 
 from jettclip import get_tokenizer
-from jettclip.build import Place, build_engine, build_evaluator, build_schedule, build_teachers, build_train_loader
+from jettclip.build import (
+    Place,
+    build_engine,
+    build_evaluator,
+    build_schedule,
+    build_teachers,
+    build_train_loader,
+    open_source,
+)
+from jettclip.data.counts import DataError, Tally
+from jettclip.data.row_source import RowSource
+from jettclip.data.rows import Row
 from jettclip.losses.factory import create_loss
 from jettclip.models.teacher import Ensemble, Teacher
 from jettclip.params import parse_args
@@ -72,6 +84,41 @@ def test_the_loader_brings_each_teacher_the_token_ids_of_its_tokenizer(tmp_path:
     assert cropped.shape[1] < 77
     assert batch.long_caption is not None
     assert batch.long_caption.shape == (8, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("a.csv", "read_table"), ("a.TSV", "read_table"), ("a.parquet", "read_table"), ("a.pq", "read_table"),
+        ("a.json", "read_conversations"), ("a.jsonl", "read_conversations"), ("a.ndjson", "read_conversations"),
+        ("folder.csv", "read_folder"),
+    ],
+)  # fmt: skip
+def test_the_name_of_the_data_tells_how_to_read_it(
+    name: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: str, *_: object) -> list[Row]:
+        return [Row("0", "0.png", {"long": [reader]}, {}, "")]
+
+    monkeypatch.setattr(f"jettclip.data.row_source.{reader}", read)
+    path = tmp_path / name
+    if reader == "read_folder":
+        path.mkdir()
+    else:
+        path.write_text("")
+    options = parse_args(["--train-data", str(path), "--model", "Nano-248"])
+    source = open_source(options.args, options.data, str(path), None)
+    assert isinstance(source, RowSource)
+    (group,) = source.read(source.shards[0], frozenset(), Tally())
+    assert json.loads(group["json"])["long_caption"] == reader
+
+
+def test_shards_are_opened_later_and_must_be_named(tmp_path: Path) -> None:
+    options = parse_args(["--train-data", str(tmp_path), "--model", "Nano-248"])
+    urls = write_shards(tmp_path, [1])
+    assert open_source(options.args, options.data, urls, None) == urls
+    with pytest.raises(DataError, match=r"shards are named one by one, such as '.*/\{000000\.\.000099\}\.tar'"):
+        open_source(options.args, options.data, str(tmp_path), None)
 
 
 def test_captions_whose_end_cannot_be_told_are_not_truncated() -> None:

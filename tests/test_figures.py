@@ -64,7 +64,7 @@ def test_pictures_are_ranked_by_their_likeness_to_a_caption(tmp_path: Path) -> N
     shards = [[sample(0), sample(9, txt="no image"), sample(1), sample(2)], [sample(3), sample(4)]]
     urls = "::".join(write_shard(tmp_path / f"{i}.tar", samples) for i, samples in enumerate(shards))
     pictures = [decode_image(picture(i), 1000) for i in range(5)]  # the sample without one has no place among them
-    pixels = torch.stack([reader().transform(one) for one in pictures])
+    pixels = torch.stack([reader().images.transform(one) for one in pictures])
     texts = get_tokenizer("Nano-248", 32)([caption(i) for i in range(5)])
     with torch.no_grad():
         ranked = (model.encode_text(texts, True) @ model.encode_image(pixels, True).T).argsort(dim=1, descending=True)

@@ -67,7 +67,21 @@ def write_data(folder: Path, source: str, width: int = WIDTH, val_width: int = W
     ):
         made = [members(n, its_width) if source == "members" else texts(n) for n in numbers]
         shard = write_shard(folder / f"{name}.tar", made)
-        if source != "members":
+        if source == "tars":  # in another order than the samples
+            write_shard(
+                Path(shard.replace(".tar", "_text_embeddings.tar")),
+                [
+                    {
+                        "__key__": f"{n:06d}",
+                        **{
+                            f"{view}SV_captions": row.numpy().tobytes()
+                            for view, row in embeddings(n, its_width).items()
+                        },
+                    }
+                    for n in reversed(numbers)
+                ],
+            )
+        elif source != "members":
             write_embeddings(shard, numbers, its_width)
     return folder
 
@@ -132,11 +146,11 @@ def test_a_run_over_embeddings_trains_resumes_and_evaluates(source: str, tmp_pat
     assert {k: v for k, v in alone.items() if k != "step"} == {k: v for k, v in val[-1].items() if k != "step"}
 
 
-def test_members_and_store_are_read_alike(tmp_path: Path) -> None:
-    for source in ("members", "llm"):
+def test_members_store_and_tars_are_read_alike(tmp_path: Path) -> None:
+    for source in ("members", "llm", "tars"):
         data = write_data(tmp_path / source, source)
         assert main(flags(data, "a", source, epochs=1, **{"val-data": None})) == 0
-    assert losses(tmp_path / "members", "a") == losses(tmp_path / "llm", "a")
+    assert losses(tmp_path / "members", "a") == losses(tmp_path / "llm", "a") == losses(tmp_path / "tars", "a")
 
 
 def test_a_sample_without_a_short_embedding_is_dropped_and_counted(tmp_path: Path) -> None:

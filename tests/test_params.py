@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,40 @@ def test_openclips_published_launch_lines_parse_as_openclip_parses_them(line: st
 def test_mobileclips_launch_line_is_told_what_to_write_instead(capsys: pytest.CaptureFixture[str]) -> None:
     said = errors(capsys, *shlex.split(MOBILECLIP_LINE))
     asked = [flag for flag in MOBILECLIP_FLAGS if f"--{flag} " in MOBILECLIP_LINE.replace("\n", " ") + " "]
-    assert len(asked) == 6
+    assert len(asked) == 3
     assert all(f"--{flag}: {MOBILECLIP_FLAGS[flag]}" in said for flag in asked)
-    assert "6 mistakes" in said  # and nothing else is wrong with it
+    assert "3 mistakes" in said  # and nothing else is wrong with it
 
 
 def test_mobileclips_launch_line_parses_once_translated() -> None:
-    kept = MOBILECLIP_LINE.split("--dataset-reinforcement")[0]
-    options = parse_args([*shlex.split(kept), "--loss", "1*kd@long", "--features", "dr", "--teacher-scale", "100"])
+    line = re.sub(r"--dataset-reinforcement-config \S+|--distill-loss-weights \S+ \S+", "", MOBILECLIP_LINE)
+    options = parse_args(shlex.split(line.replace("--distill-average-after-softmax", "")), find_mistakes)
     assert options.args.batch_size == 1024
-    assert options.loss.teacher_scale == 100
+    assert options.loss.loss == "mobileclip-dr"
+    assert options.data.dataset_reinforcement
+    assert (options.data.distill_teacher_dimension, options.data.distill_logit_scale) == ((768, 768), (100.0,))
+
+
+def test_with_mixed_captions_there_is_one_view_to_distil() -> None:
+    options = parse_args(["--train-data", "x.tar", "--dataset-reinforcement", "--dataset-reinforcement-mix-synthetic"])
+    assert options.loss.loss == "1*kd@long"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dataset-reinforcement", "--loss", "openclip"],
+        ["--distill-model=a", "--distill-pretrained=b", "--loss=openclip"],
+    ],
+)
+def test_a_loss_that_is_asked_for_is_kept(flags: list[str]) -> None:
+    assert parse_args(["--train-data", "x.tar", *flags]).loss.loss == "openclip"
+
+
+def test_synthetic_data_needs_no_name() -> None:
+    options = parse_args(["--dataset-type", "synthetic", "--train-num-samples", "64"])
+    assert (options.data.dataset_type, options.args.train_data) == ("synthetic", "synthetic")
+    assert options.data.for_evaluation.dataset_type == "auto"
 
 
 def test_an_unknown_flag_exits_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,8 +134,23 @@ def test_all_mistakes_are_shown_at_once(capsys: pytest.CaptureFixture[str]) -> N
         (["--torchscript"], "use --torchcompile"),
         (["--accum-freq", "2"], "--accum-freq 2 is not there yet"),
         (["--siglip"], "not there yet"),
-        (["--train-data", "x.csv"], "csv"),
-        (["--dataset-type", "synthetic"], "synthetic"),
+        (["--dataset-type", "synthetic"], "synthetic has no end"),
+        (["--short-caption-policy", "sample"], "'sample' is not one of first-sentence"),
+        (["--short-caption-policy", "none+pad-shift+pad-shift"], "is not one of first-sentence"),
+        (["--dataset-reinforcement", "--features", "x"], "takes teacher features from the samples"),
+        (["--dataset-reinforcement-mix-synthetic"], "needs the samples of --dataset-reinforcement"),
+        (["--dataset-reinforcement", "--dataset-reinforcement-mix-synthetic-ratio", "0.5"], "does nothing alone"),
+        (["--dataset-reinforcement", "--dataset-reinforcement-syn-text-key-regex", "("], "is no regular expression"),
+        (["--distill-logit-scale", "50"], "--distill-logit-scale needs the samples of --dataset-reinforcement"),
+        (["--dataset-reinforcement-sample-sequential"], "needs the samples of --dataset-reinforcement"),
+        (["--dataset-reinforcement", "--long-caption-field", "txt,json:text"], "the real caption has one place"),
+        (
+            ["--dataset-reinforcement", "--dataset-reinforcement-mix-synthetic", "--loss", "mobileclip-dr"],
+            "leaves one caption an image",
+        ),
+        (["--dataset-reinforcement", "--distill-model=RN50", "--distill-pretrained=x"], "give one of them"),
+        (["--distill-logit-scale", "1", "2", "3"], "one for all or one for each of the 2 teachers"),
+        (["--distill-teacher-dimension", "0", "768"], "must be positive widths"),
         (["--dataset-resampled"], "--train-num-samples"),
         (["--train-data-upsampling-factors", "1::2"], "--dataset-resampled"),
         (["--report-to", "mlflow"], "mlflow"),

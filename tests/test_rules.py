@@ -76,9 +76,11 @@ def test_what_is_in_order_is_left_alone(flags: str) -> None:
 def test_teachers_of_both_kinds_and_teachers_without_text_are_refused() -> None:
     teachers = "--distill-model a,b --distill-pretrained x,y"
     (message,) = said_of(teachers, DataSettings(features="vitl"))
-    assert "--distill-model computes teacher features that --features reads" in message
+    assert "--distill-model computes teacher features that --features and --dataset-reinforcement read" in message
     (message,) = said_of(teachers, DataSettings(text_embeddings="members"))
     assert "--distill-model reads captions, and with --text-embeddings members there are none" in message
+    (message,) = said_of(teachers, DataSettings(text_embeddings="tars"))
+    assert "with --text-embeddings tars there are none" in message
     assert said_of(teachers, DataSettings(text_embeddings="llm")) == []
     (message,) = said_of("", DataSettings(features="vitl", text_embeddings="members"))
     assert "--features vitl belong to captions, and with --text-embeddings members there are none" in message

@@ -6,9 +6,9 @@ This is the other half of `main`: nobody else sees the parsed arguments.
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,12 @@ import torch
 from torch.optim import Optimizer
 
 from jettclip import openclip
-from jettclip.data.pipeline import Loader, get_wds_dataset
+from jettclip.data import conversations, tables
+from jettclip.data.loader import Loader
+from jettclip.data.pipeline import get_wds_dataset
+from jettclip.data.row_source import open_rows
 from jettclip.data.sample import TeacherTokenizer, Tokenizer
+from jettclip.data.sources import Source
 from jettclip.engine.base import Student
 from jettclip.engine.ddp import DDPEngine
 from jettclip.engine.optimizer import create_optimizer
@@ -32,6 +36,7 @@ from jettclip.models.two_towers import TwoTowers
 from jettclip.params import Options, all_settings
 from jettclip.report import Reporter
 from jettclip.rules import distillation_pairs, trackers
+from jettclip.settings import DataSettings
 from jettclip.types import VIEWS, AdapterInfo
 
 
@@ -103,9 +108,14 @@ def build_train_loader(
         TeacherTokenizer(get_tokenizer(teacher.name, cache_dir=args.cache_dir), teacher.model.ignores_padding)
         for teacher in (teachers.teachers if teachers else [])
     ]
+    if options.data.shifts_pads and not model.end_token_is_largest:
+        raise ValueError(
+            f"--short-caption-policy {options.data.short_caption_policy}: where captions of {args.model} end cannot be "
+            "told from token ids, so that their padding cannot be moved; leave out pad-shift"
+        )
     loader = get_wds_dataset(
         options.data,
-        args.train_data,
+        open_source(args, options.data, args.train_data, args.train_num_samples),
         transform,
         build_tokenizer(args, model),
         is_train=True,
@@ -127,6 +137,34 @@ def build_train_loader(
         f"Training on {loader.num_batches} batches of {args.batch_size} on each of {place.world_size} ranks an epoch"
     )
     return loader
+
+
+def open_source(args: Namespace, settings: DataSettings, path: str, num_samples: int | None) -> str | Source:
+    """Opens data that is not in shards; returns the path of shards as it is."""
+    kind = settings.dataset_type if settings.dataset_type != "auto" else _kind_of(path)
+    if kind == "webdataset":
+        return path
+    if args.dataset_resampled:
+        raise ValueError(f"--dataset-resampled draws shards, and {path!r} has none; leave it out")
+    return open_rows(
+        kind,
+        path,
+        separator=args.csv_separator,
+        image_column=args.csv_img_key,
+        caption_column=args.csv_caption_key,
+        num_samples=num_samples,
+        image_root=settings.image_root or None,
+        max_drop_rate=settings.max_drop_rate,
+    )
+
+
+def _kind_of(path: str) -> str:
+    if os.path.isdir(path):
+        return "folder"
+    name = path.lower()
+    if name.endswith(tables.SUFFIXES):
+        return "csv"
+    return "json" if name.endswith(conversations.SUFFIXES) else "webdataset"
 
 
 def build_tokenizer(args: Namespace, model: TwoTowers) -> Tokenizer | None:
@@ -160,11 +198,11 @@ def build_evaluator(options: Options, model: TwoTowers, transform: Transform, pl
         views = set(views_of(find_recipe(options.loss).formula))
         if not options.data.text_embeddings:  # which need not be there for a view that the loss does not read
             views.add("long")
-            if options.data.short_caption_policy != "none":  # else a sample without a short caption would be dropped
+            if options.data.short_caption_way != "none":  # else a sample without a short caption would be dropped
                 views.add("short")
         evaluator.val = get_wds_dataset(
-            replace(options.data, features=""),
-            args.val_data,
+            options.data.for_evaluation,
+            open_source(args, options.data.for_evaluation, args.val_data, args.val_num_samples),
             transform,
             build_tokenizer(args, model),
             is_train=False,

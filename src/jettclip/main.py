@@ -156,12 +156,21 @@ def find_mistakes(options: Options) -> list[str]:
             found.append(str(mistake))
     if not found and args.train_data:
         parts = teacher_parts_of(find_recipe(options.loss).formula)
-        if parts and not (options.data.features or args.distill_model):
+        teachers = {
+            "--features": options.data.features,
+            "--distill-model": args.distill_model,
+            "--dataset-reinforcement": options.data.dataset_reinforcement,
+        }
+        if parts and not any(teachers.values()):
             found.append(f"--loss {options.loss.loss!r} distils; name a store with --features, or a --distill-model")
-        teachers = {"--features": options.data.features, "--distill-model": args.distill_model}
-        for flag, names in teachers.items():
-            if names and not parts:
-                found.append(f"{flag} {names!r} goes unused by --loss {options.loss.loss!r}; try jettclip")
+        if options.data.dataset_reinforcement_mix_synthetic and "short" in parts:
+            found.append(
+                f"--loss {options.loss.loss!r} distils on short captions, and --dataset-reinforcement-mix-synthetic "
+                "leaves one caption an image, the long one; try 1*kd@long"
+            )
+        for flag, given in teachers.items():
+            if given and not parts:
+                found.append(f"{flag} {given!r} goes unused by --loss {options.loss.loss!r}; try jettclip")
     return found or find_embedding_mistakes(options)
 
 

@@ -26,7 +26,7 @@ from jettclip.rules import (
     range_rules,
     unsupported_flags,
 )
-from jettclip.settings import DataSettings, EvaluationSettings, LossSettings, ModelSettings
+from jettclip.settings import USUAL_LOSS, DataSettings, EvaluationSettings, LossSettings, ModelSettings
 
 SETTINGS = (ModelSettings, DataSettings, LossSettings, EvaluationSettings)
 S = TypeVar("S")
@@ -58,6 +58,9 @@ def parse_args(argv: Sequence[str] | None = None, find_more: Callable[[Options],
     config = _config_arguments(parser, argv)
     ours, rest = parser.parse_known_args([*config, *argv])
     args = openclip.trainer_arguments(rest)
+    args.dataset_type = ours.dataset_type
+    if args.dataset_type == "synthetic":  # which needs no name, as in OpenCLIP
+        args.train_data = args.train_data or "synthetic"
     options = Options(
         args,
         read_flags(ModelSettings, ours),
@@ -65,8 +68,8 @@ def parse_args(argv: Sequence[str] | None = None, find_more: Callable[[Options],
         read_flags(LossSettings, ours),
         read_flags(EvaluationSettings, ours),
     )
-    if args.distill_model and options.loss.loss == "openclip":  # OpenCLIP's DistillClipLoss
-        options = replace(options, loss=replace(options.loss, loss="1*clip@long + 1*kd@long"))
+    if not options.loss.loss:
+        options = replace(options, loss=replace(options.loss, loss=_usual_loss(options)))
     problems = [
         *(
             f"--{flag}: {remedy}"
@@ -79,6 +82,15 @@ def parse_args(argv: Sequence[str] | None = None, find_more: Callable[[Options],
     if problems:
         parser.error("\n  ".join([f"{len(problems)} mistakes in the configuration:", *problems]))
     return options
+
+
+def _usual_loss(options: Options) -> str:
+    """Returns the loss of the code whose flags are used, if ``--loss`` was not given."""
+    if options.args.distill_model:
+        return "1*clip@long + 1*kd@long"  # OpenCLIP's DistillClipLoss
+    if options.data.dataset_reinforcement_mix_synthetic:
+        return "1*kd@long"
+    return "mobileclip-dr" if options.data.dataset_reinforcement else USUAL_LOSS
 
 
 def find_problems(options: Options) -> list[str]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jettclip.data.counts import check_drop_rate, describe
-from jettclip.data.pipeline import Loader
+from jettclip.data.loader import Loader
 from jettclip.ranks import rank_and_world_size
 from jettclip.report import Reporter
 from jettclip.types import Batch, BatchInfo, LossReport

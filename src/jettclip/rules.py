@@ -15,17 +15,12 @@ TRACKERS = ("tensorboard", "wandb")
 """What ``--report-to`` may name."""
 
 MOBILECLIP_FLAGS = {
-    "dataset-reinforcement": "stored augmentation is not there yet; store one teacher row an image, for --features",
-    "dataset-reinforcement-config": "stored augmentation is not there yet; leave it out",
-    "dataset-reinforcement-mix-synthetic": "synthetic captions are the long ones here: --long-caption-field",
-    "dataset-reinforcement-mix-synthetic-ratio": "weigh the views in the formula of --loss",
-    "dataset-reinforcement-sample-sequential": "stored augmentation is not there yet; leave it out",
-    "dataset-reinforcement-syn-text-key-regex": "say where captions stand with --long-caption-field",
-    "dataset-reinforcement-filter-image-size": "small images are not dropped; leave it out",
-    "distill-loss-weights": "the weights stand in the formula: --loss '0.25*clip@long + 0.75*kd@long'",
-    "distill-teacher-dimension": "the feature stores know their widths; leave it out",
+    "dataset-reinforcement-config": "the augmentations stand with the samples, in paug.json; leave it out",
+    "dataset-reinforcement-filter-image-size": "make shards without small images once: scripts/build_shards.py "
+    "--min-side N",
+    "distill-loss-weights": "the weights stand in the formula: --loss '0.25*clip@long + 0.25*clip@short + 0.75*kd@long "
+    "+ 0.75*kd@short' --pca-components 0",
     "distill-average-after-softmax": "ensembles always average probabilities; leave it out",
-    "distill-logit-scale": "its name here is --teacher-scale",
     "distill-logit-bias": "teachers with a bias are not supported; leave it out",
 }
 """Flags that MobileCLIP's patch (github.com/apple/ml-mobileclip-dr) adds to OpenCLIP's trainer: what to do instead."""
@@ -94,6 +89,10 @@ def combination_rules(args: Namespace, data: DataSettings) -> Rules:
             args.dataset_resampled and args.train_data and not args.train_num_samples,
             "--dataset-resampled has no end; give the length of an epoch with --train-num-samples",
         ),
+        (
+            data.dataset_type == "synthetic" and not args.train_num_samples,
+            "--dataset-type synthetic has no end; give the length of an epoch with --train-num-samples",
+        ),
         *distillation_rules(args, data),
     ]
 
@@ -112,18 +111,19 @@ def distillation_rules(args: Namespace, data: DataSettings) -> Rules:
             f"{args.distill_pretrained} {len(checkpoints)} checkpoints; give one of them for each, separated by commas",
         ),
         (
-            args.distill_model and data.features,
-            "--distill-model computes teacher features that --features reads; give one of them",
+            args.distill_model and (data.features or data.dataset_reinforcement),
+            "--distill-model computes teacher features that --features and --dataset-reinforcement read; give one of "
+            "them",
         ),
         (
-            args.distill_model and data.text_embeddings == "members",
-            "--distill-model reads captions, and with --text-embeddings members there are none; "
+            args.distill_model and data.text_embeddings in ("members", "tars"),
+            f"--distill-model reads captions, and with --text-embeddings {data.text_embeddings} there are none; "
             "keep captions in the shards, and the embeddings in a store that --text-embeddings names",
         ),
         (
-            data.features and data.text_embeddings == "members",
-            f"--features {data.features} belong to captions, and with --text-embeddings members there are none; "
-            "keep captions in the shards, and the embeddings in a store that --text-embeddings names",
+            data.features and data.text_embeddings in ("members", "tars"),
+            f"--features {data.features} belong to captions, and with --text-embeddings {data.text_embeddings} there "
+            "are none; keep captions in the shards, and the embeddings in a store that --text-embeddings names",
         ),
     ]
 
@@ -136,7 +136,6 @@ def distillation_pairs(args: Namespace) -> list[tuple[str, str]]:
 
 def unsupported_flags(args: Namespace) -> Rules:
     """Returns OpenCLIP's flags that mean nothing here or are not there yet, each with whether it is set."""
-    tables = [data for data in (args.train_data, args.val_data) if data and data.endswith((".csv", ".tsv"))]
     return [
         (args.horovod, "--horovod is not supported; start the processes with torchrun"),
         (args.torchscript, "--torchscript is not supported; use --torchcompile"),
@@ -155,11 +154,6 @@ def unsupported_flags(args: Namespace) -> Rules:
             f"--accum-freq {args.accum_freq} is not there yet; use a larger --batch-size or more GPUs",
         ),
         (args.remote_sync, "--remote-sync is not supported; copy the run folder with a tool of your own"),
-        (
-            args.dataset_type in ("csv", "synthetic") or (args.dataset_type == "auto" and tables),
-            f"--dataset-type csv and synthetic are not there yet{f' ({tables[0]})' if tables else ''}; "
-            "put the samples into webdataset shards",
-        ),
         (
             args.precision not in PRECISIONS,
             f"--precision {args.precision} keeps weights, BatchNorm statistics and the logit scale in half precision, "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from jettclip.data.pipeline import Loader
+from jettclip.data.loader import Loader
 from jettclip.engine.base import Engine
 from jettclip.interrupt import raise_if_interrupted
 from jettclip.losses.factory import Loss

@@ -4,8 +4,10 @@ import os
 import pickle
 import re
 import struct
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jettclip.data.counts import DataError
+from jettclip.data.counts import DataError, Tally
 from jettclip.data.features import StoreInfo, digest, write_store
+from jettclip.data.manifest import member_digest, write_manifest
 from jettclip.data.pipeline import Loader, get_wds_dataset
+from jettclip.data.streams import read_shard
 from jettclip.models.tokenizer import CachedTokenizer
 from jettclip.settings import DataSettings
 from jettclip.types import Batch, TeacherFeatures
@@ -251,6 +255,13 @@ def test_every_dropped_sample_is_counted_under_its_reason(workers: int, tmp_path
     assert sorted(keys) == numbers(12)
 
 
+def test_a_json_member_that_would_fill_the_memory_is_a_counted_drop(tmp_path: Path) -> None:
+    bomb = b'{"long_caption": [' + b"[]," * 2**21 + b"[]]}"  # 6 MiB, of which Python would make 130
+    shard = [sample(0), sample(1, png=picture(1), short_caption="a dog", json=bomb), sample(2)]
+    loader = loader_of(write_shard(tmp_path / "0.tar", shard), is_train=False)
+    assert dropped_by(loader) == {"json is absurdly large": 1}
+
+
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_evaluation_counts_what_is_lost_before_between_and_after_the_batches(
@@ -267,6 +278,43 @@ def test_evaluation_counts_what_is_lost_before_between_and_after_the_batches(
         keys += loader.last_info.keys
     assert dropped == {"image is missing": 6}
     assert sorted(keys) == numbers(6)
+
+
+def damage(shard: Path, *names: bytes) -> None:
+    """Spoils the headers of members, and adds members that belong to no sample, in place of the end."""
+    data = bytearray(shard.read_bytes())
+    for name in names:
+        data[data.index(name + b"\0") + 120] ^= 0xFF
+    end = -(-len(data.rstrip(b"\0")) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    before, *after = (tarfile.TarInfo(name).tobuf() for name in ("before", "after", "000001.png"))
+    shard.write_bytes(before + data[:end] + b"".join(after))
+
+
+@pytest.mark.parametrize("has_manifest", [False, True])
+@pytest.mark.parametrize("is_train", [False, True])
+def test_damage_is_counted_once_however_many_read(is_train: bool, has_manifest: bool, tmp_path: Path) -> None:
+    url = write_shard(tmp_path / "0.tar", [sample(n) | {"extra": "unread"} for n in range(12)])
+    wanted = frozenset({"png", "short_caption", "long_caption"})
+    groups = list(read_shard(url, wanted, Tally()))
+    lossy = () if is_train else (b"000003.png", b"000007.long_caption", b"000011.png")
+    damage(Path(url), b"000004.extra", b"000008.extra", *lossy)  # training reads on in place of what is lost
+    if has_manifest:
+        write_manifest(url, [(g["__key__"], {name: member_digest(g[name]) for name in wanted}) for g in groups])
+    for world_size, workers in product((1, 2), (0, 1, 2)):
+        dropped, damaged = Counter[str](), Counter[str]()
+        for rank in range(world_size):
+            options: dict[str, Any] = {"rank": rank, "world_size": world_size, "workers": workers}
+            loader = loader_of(url, is_train=is_train, **options)
+            for _ in loader:
+                dropped.update(loader.last_info.dropped)
+                damaged.update(loader.last_info.damaged)
+        assert damaged == {
+            "tar header is damaged": 2 + len(lossy),
+            "member name has no key and extension": 2,
+            "shard is cut short": 1,
+            "member occurs again in the shard" if has_manifest else "key occurs again later in the shard": 1,
+        }
+        assert dropped.total() == len(lossy)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jettclip.data.counts import Dropped, Tally
+from jettclip.data.counts import DataError, Dropped, Tally
 from jettclip.data.sample import SampleReader, TeacherTokenizer
 from jettclip.settings import SampleSettings
 from jettclip.types import TeacherTokens
@@ -164,13 +164,16 @@ def test_a_random_transform_is_a_function_of_seed_epoch_and_key() -> None:
 
 def test_an_undecodable_image_counts_before_a_missing_feature() -> None:
     class Nothing:
+        members = frozenset[str]()
+        has_augmentations = False
+
         def lookup(self, *_: object) -> None:
-            raise AssertionError("a store has no row for such a sample")
+            raise DataError("a store has no row for such a sample")
 
     broken = reader()
     broken.stores = broken.embeddings = Nothing()  # type: ignore[assignment]
     with pytest.raises(Dropped, match="image cannot be decoded"):
-        broken.read(ordinary(png=b"", long_caption=caption(0)), 0, Tally())
+        broken.read(ordinary(png=b"x", long_caption=caption(0)), 0, Tally())
 
 
 def test_the_samples_of_several_shards_come_in_order_with_what_they_were_made_of(tmp_path: Path) -> None:

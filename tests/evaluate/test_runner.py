@@ -176,7 +176,7 @@ def test_half_precision_is_near_the_full_one(tmp_path: Path, monkeypatch: pytest
 
 
 def test_metrics_are_put_into_words() -> None:
-    metrics = {"samples": 8, "dropped": 2, "dropped_by_reason": {"bad image": 2}}
+    metrics = {"samples": 8, "dropped": 2, "dropped_by_reason": {"bad image": 2}, "damaged": {}}
     words = in_words({**metrics, "long/image_to_text_R@1": 0.5, "long/image_to_text_R@5": 0.75, "top1": 0.25}).split(
         "\n"
     )

@@ -1,144 +1,31 @@
-"""From shards to batches: the list of stages, the loader, the length of an epoch."""
+"""Builds the loader of a data set: where its samples, features and embeddings come from, and how they are divided."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
-from typing import Any, Literal
+from typing import Literal, cast
 
-import webdataset as wds
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
+from jettclip.data.captions import CaptionField, Field
 from jettclip.data.collate import collate
-from jettclip.data.counts import DataError, Tally, describe
-from jettclip.data.plan import Division, Slice, divide, drawn_with_replacement, stretch
-from jettclip.data.sample import Sample, SampleReader, TeacherTokenizer, Tokenizer
-from jettclip.data.shards import Shard, find_shards
+from jettclip.data.counts import DataError
+from jettclip.data.embedding_tars import EmbeddingTars
+from jettclip.data.loader import Loader, ShardPipeline
+from jettclip.data.plan import divide
+from jettclip.data.reinforced import MixedCaptions, ReinforcedFeatures, SyntheticCaptions
+from jettclip.data.sample import FeatureSource, SampleReader, TeacherTokenizer, Tokenizer
+from jettclip.data.sources import ShardSource, Source
 from jettclip.data.store_group import StoreGroup, check_width, open_stores
-from jettclip.data.streams import read_shard
-from jettclip.data.workers import run_workers
 from jettclip.settings import DataSettings
-from jettclip.types import AdapterInfo, Batch, BatchInfo, TeacherInfo
-
-SHUFFLE_START = 1000  # samples in the shuffle buffer before the first one leaves it, as in OpenCLIP
-
-
-class ShardPipeline(IterableDataset):  # type: ignore[type-arg]
-    """What runs in a loader worker: reads its piece of the epoch and yields ``(Batch, BatchInfo)``.
-
-    In evaluation, where dropped samples are not replaced, the batch is None if no sample is left for it.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        reader: SampleReader,
-        division: Division,
-        *,
-        collate: Callable[[list[Sample]], Batch],
-        settings: DataSettings,
-        resampled: bool,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        self.shards, self.reader, self.division, self.collate = shards, reader, division, collate
-        self.settings, self.resampled, self.seed = settings, resampled, seed
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[tuple[Batch | None, BatchInfo]]:
-        info = get_worker_info()
-        worker = info.id if info else 0
-        tally = Tally(self.settings.max_drop_rate)
-        place = f"{self.seed} {self.epoch} {self.division.rank} {worker}"
-        groups = wds.DataPipeline(
-            partial(self._slices, worker, place),  # Slice: which samples of which shard
-            partial(self._groups, tally),  # {"__key__": str, "__shard__": str, "jpg": bytes, ...}
-            self._shuffle(random.Random(place)),
-        )
-        samples = iter(
-            wds.DataPipeline(
-                groups.repeat() if self.division.is_train else groups,  # from the start again, in place of dropped ones
-                partial(self.reader.read_groups, epoch=self.epoch, tally=tally),  # Sample
-            )
-        )
-        for _ in range(self.division.batches_of(worker)):
-            rows = list(islice(samples, self.division.batch_size))
-            if self.division.is_train and len(rows) < self.division.batch_size:
-                raise DataError(f"no usable sample is left: {describe(tally.dropped)}")
-            batch = self.collate(rows) if rows else None
-            yield batch, tally.since_last([sample.key for sample in rows])
-
-    def _slices(self, worker: int, place: str) -> Iterator[Slice]:
-        if self.resampled:
-            return drawn_with_replacement(self.shards, place)
-        seed = self.seed if self.division.is_train else None
-        return stretch(self.shards, *self.division.piece(self.epoch, worker), seed)
-
-    def _groups(self, tally: Tally, slices: Iterator[Slice]) -> Iterator[dict[str, Any]]:
-        for shard, first, stop in slices:
-            read, count = 0, None if stop is None else stop - first
-            at_end = stop == shard.size
-            groups = read_shard(shard.url, self.reader.wanted, tally, first, None if at_end else stop)
-            for group in islice(groups, count):
-                read += 1
-                if at_end and read == count and next(groups, None) is not None:
-                    tally.damage("shard holds more samples than it did when counted", shard.url)
-                yield group
-            if count is not None and read < count:
-                tally.lose("shard holds fewer samples than it did when counted", shard.url, count - read)
-            if count is None and read == 0:
-                tally.drop("shard holds no samples", shard.url)
-
-    def _shuffle(self, generator: random.Random) -> Any:
-        if not self.division.is_train or self.settings.shuffle_buffer <= 1:
-            return None  # the stage is left out
-        size = self.settings.shuffle_buffer
-        return wds.shuffle(size, initial=min(SHUFFLE_START, size), rng=generator)
-
-
-class Loader:
-    """Yields the batches of one epoch; `last_info` says who is in the last one and what was lost around it."""
-
-    def __init__(self, dataset: ShardPipeline, workers: int, teachers: list[TeacherInfo]) -> None:
-        self.dataset, self.workers, self.teachers = dataset, workers, teachers
-        self.last_info = BatchInfo([], {}, {}, {})
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of this rank in an epoch."""
-        return self.dataset.division.batches
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration reads."""
-        self.dataset.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        held: Batch | None = None  # back for one turn: counts without a batch join it
-        info = BatchInfo([], {}, {}, {})
-        for batch, its_info in run_workers(self.dataset, self.workers):
-            if held is None or batch is None:
-                held, info = held or batch, _together(info, its_info)
-            else:
-                self.last_info = info
-                yield held
-                held, info = batch, its_info
-        if held is None:
-            raise DataError(f"no sample is usable: {describe(info.dropped)}")
-        self.last_info = info
-        yield held
+from jettclip.types import VIEWS, AdapterInfo, TeacherInfo
 
 
 def get_wds_dataset(
     settings: DataSettings,
-    urls: str | Sequence[str],
+    urls: str | Sequence[str] | Source,
     preprocess: Callable[[Image.Image], Tensor],
     tokenizer: Tokenizer | None,
     *,
@@ -157,14 +44,14 @@ def get_wds_dataset(
     world_size: int = 1,
     seed: int = 0,
 ) -> Loader:
-    """Builds the loader of a data set in webdataset shards.
+    """Builds the loader of a data set in webdataset shards, or from another source of samples.
 
     It yields ``Batch(image, short_caption, long_caption, teacher)``. The order is a function of seed, epoch, rank and
     number of workers.
 
     Args:
         settings: caption fields, feature stores, limits.
-        urls: shards, with braces, joined by ``::``, or a list of such.
+        urls: shards, with braces, joined by ``::``, or a list of such; or a source.
         preprocess: PIL image to uint8 or float tensor [3, H, W].
         tokenizer: caption to token ids [1, L]; None where `settings` say that captions are stored embeddings.
         is_train: shuffled full batches, the same number on every rank; otherwise every sample once, in order.
@@ -188,40 +75,39 @@ def get_wds_dataset(
         ValueError: if `teacher_parts` names a view that is not read, or there is no tokenizer for captions of text.
     """
     resampled = resampled and is_train
-    shards = find_shards(urls, weights, resampled=resampled, allow_pipe=settings.allow_pipe_urls)
-    open_stores_of = partial(
-        open_stores,
-        [shard.url for shard in shards],
-        folder=settings.features_dir,
-        on_missing=settings.on_missing_features,
+    source = (
+        ShardSource(urls, weights, resampled=resampled, allow_pipe=settings.allow_pipe_urls)
+        if isinstance(urls, (str, list, tuple))
+        else cast("Source", urls)
     )
-    stores: StoreGroup | None = None
-    embeddings: StoreGroup | Literal["members"] | None = "members" if settings.text_embeddings == "members" else None
     unread = sorted({*teacher_parts} - {"image", *views})
-    if unread and (settings.feature_stores or teacher_tokenizers):
+    if unread and (settings.feature_stores or settings.dataset_reinforcement or teacher_tokenizers):
         raise ValueError(f"teacher_parts {unread} need captions that views {[*views]} leaves out; add them there")
-    if settings.feature_stores and teacher_parts:
-        stores = open_stores_of(settings.feature_stores)
-    if settings.text_embeddings and not embeddings:
-        embeddings = open_stores_of([settings.text_embeddings])
-        if adapter:
-            check_width(embeddings, adapter)
+    if source.row_by_row and (settings.feature_stores or settings.text_embeddings):
+        raise DataError(
+            f"features and embeddings stand beside shards, and {urls_of(source)[0]!r} is none; make shards of it with "
+            "scripts/build_shards.py"
+        )
+    features = open_features(settings, source) if teacher_parts and not teacher_tokenizers else None
     reader = SampleReader(
         settings,
         preprocess,
         tokenizer,
         tuple(views),
-        stores=stores,
+        stores=features,
         teacher_parts=tuple(teacher_parts),
-        embeddings=embeddings,
+        embeddings=open_embeddings(settings, source, adapter),
         seed=seed,
         teacher_tokenizers=teacher_tokenizers,
         adapter=adapter,
+        fields=caption_fields(settings),
+        sequential=settings.dataset_reinforcement_sample_sequential,
     )
+    available = sum(shard.size for shard in source.shards)
     dataset = ShardPipeline(
-        shards,
+        source,
         reader,
-        divide(sum(shard.size for shard in shards), num_samples, batch_size, is_train, rank, world_size, workers),
+        divide(available, num_samples, batch_size, is_train, rank, world_size, workers),
         collate=partial(
             collate,
             crop_captions=crop_captions and not settings.text_embeddings,
@@ -231,9 +117,52 @@ def get_wds_dataset(
         resampled=resampled,
         seed=seed,
     )
-    return Loader(dataset, workers, stores.teachers if stores else [])
+    return Loader(dataset, workers, features.teachers if features else [])
 
 
-def _together(first: BatchInfo, second: BatchInfo) -> BatchInfo:
-    sums = (dict(Counter(a) + Counter(b)) for a, b in zip(first[1:], second[1:], strict=True))
-    return BatchInfo(first.keys + second.keys, *sums)
+def open_features(settings: DataSettings, source: Source) -> FeatureSource | None:
+    """Opens the stored features of the teachers, if there are any."""
+    if settings.dataset_reinforcement:
+        scales = settings.distill_logit_scale * len(settings.distill_teacher_dimension)
+        widths = enumerate(zip(settings.distill_teacher_dimension, scales, strict=False))
+        teachers = [TeacherInfo(f"teacher {n}", width, scale) for n, (width, scale) in widths]
+        return ReinforcedFeatures(teachers, CaptionField(settings.real_caption_field))
+    return _open_stores(settings, source, settings.feature_stores) if settings.feature_stores else None
+
+
+def open_embeddings(
+    settings: DataSettings, source: Source, adapter: AdapterInfo | None
+) -> StoreGroup | EmbeddingTars | Literal["members"] | None:
+    """Opens what stands for captions in the place of text, if anything does."""
+    if settings.text_embeddings == "members":
+        return "members"
+    if settings.text_embeddings == "tars":
+        return EmbeddingTars(urls_of(source), settings.on_missing_features)
+    if not settings.text_embeddings:
+        return None
+    stores = _open_stores(settings, source, [settings.text_embeddings])
+    if adapter:
+        check_width(stores, adapter)
+    return stores
+
+
+def caption_fields(settings: DataSettings) -> dict[str, Field] | None:
+    """Returns where captions stand if not where the caption flags say, as LLM2CLIP's and DataCompDR's do."""
+    if settings.text_embeddings == "tars" and settings.has_usual_caption_fields:
+        return {view: CaptionField(f"{view}SV_captions") for view in VIEWS}
+    if not settings.dataset_reinforcement:
+        return None
+    real = CaptionField(settings.real_caption_field)
+    synthetic = SyntheticCaptions(settings.dataset_reinforcement_syn_text_key_regex)
+    if settings.dataset_reinforcement_mix_synthetic:
+        return {"long": MixedCaptions(real, synthetic, settings.dataset_reinforcement_mix_synthetic_ratio)}
+    return {"long": real, "short": synthetic}
+
+
+def _open_stores(settings: DataSettings, source: Source, names: Sequence[str]) -> StoreGroup:
+    return open_stores(urls_of(source), names, settings.features_dir, settings.on_missing_features)
+
+
+def urls_of(source: Source) -> list[str]:
+    """Returns the shards of a source, each once."""
+    return list(dict.fromkeys(shard.url for shard in source.shards))

@@ -94,10 +94,10 @@ def stretch(shards: Sequence[Shard], start: int, stop: int, seed: int | None) ->
     samples_in_pass = sum(shard.size for shard in shards)
     position = start - start % samples_in_pass
     while position < stop:
-        order = list(shards)
+        order = list(range(len(shards)))  # a source of rows makes each shard when its turn comes
         if seed is not None:
             random.Random(f"{seed} pass {position // samples_in_pass}").shuffle(order)
-        for shard in order:
+        for shard in map(shards.__getitem__, order):
             first, last = max(start - position, 0), min(stop - position, shard.size)
             if first < last:
                 yield Slice(shard, first, last)

@@ -16,11 +16,12 @@ from jettclip.data.streams import is_local
 
 
 class Shard(NamedTuple):
-    """A tar file of samples."""
+    """A tar file of samples, or a row of what is in no shards."""
 
     url: str
     size: int  # samples; 0 if unknown, which only resampling can do with
     weight: float = 1.0  # relative chance of being drawn when shards are resampled
+    row: int = 0  # of what the url names, if that is no tar
 
 
 def expand_urls(urls: str | Sequence[str], weights: str | None = None) -> list[tuple[str, float]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jettclip.data.counts import check_drop_rate, describe
-from jettclip.data.pipeline import Loader
+from jettclip.data.loader import Loader
 from jettclip.evaluate.retrieval import gather_uneven, retrieval_metrics
 from jettclip.models.text_tower import truncate_captions
 from jettclip.models.two_towers import TwoTowers
@@ -69,10 +69,11 @@ class Evaluator:
     @torch.no_grad()
     def _retrieval(self, model: TwoTowers, loader: Loader) -> Metrics:
         rows: dict[str, list[Tensor]] = defaultdict(list)
-        dropped: Counter[str] = Counter()
+        dropped, damaged = Counter[str](), Counter[str]()
         for batch in tqdm(loader, "evaluating", unit="batch", disable=None, leave=False):
             batch = to_device(batch, self.device)
             dropped.update(loader.last_info.dropped)
+            damaged.update(loader.last_info.damaged)
             captions = {"short": batch.short_caption, "long": batch.long_caption}
             if batch.long_caption is not None:
                 captions |= {f"long@{n}": truncate_captions(batch.long_caption, n) for n in self.truncate}
@@ -83,9 +84,14 @@ class Evaluator:
                         rows[view].append(model.encode_text(ids, normalize=True))
         features = {view: gather_uneven(torch.cat(parts)) for view, parts in rows.items()}
         image = features.pop("image")
-        dropped = total_over_ranks(dropped)
+        dropped, damaged = total_over_ranks(dropped), total_over_ranks(damaged)
         check_drop_rate(len(image), dropped, loader.dataset.settings.max_drop_rate)
-        metrics: Metrics = {"samples": len(image), "dropped": dropped.total(), "dropped_by_reason": dict(dropped)}
+        metrics: Metrics = {
+            "samples": len(image),
+            "dropped": dropped.total(),
+            "dropped_by_reason": dict(dropped),
+            "damaged": dict(damaged),
+        }
         for view, text in features.items():
             metrics |= {f"{view}/{name}": value for name, value in retrieval_metrics(image, text).items()}
         return metrics
@@ -111,5 +117,7 @@ def in_words(metrics: Metrics) -> str:
             lines[group] = lines.get(group, "") + f"  {rank and f'R@{rank} '}{value:.4f}"
     shown = [f"{group.replace('_', ' ').replace('/', ' captions, '):<34}{line}" for group, line in lines.items()]
     if "samples" in metrics:
-        shown.insert(0, f"{metrics['samples']} samples, dropped {describe(metrics['dropped_by_reason'])}")
+        lost = f"dropped {describe(metrics['dropped_by_reason'])}"
+        damaged = f", damaged {describe(metrics['damaged'])}" if metrics["damaged"] else ""
+        shown.insert(0, f"{metrics['samples']} samples, {lost}{damaged}")
     return "\n  ".join(shown)
