@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from jettclip.models.text_tower import build_text_tower
 from jettclip.models.two_towers import TwoTowers
 
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 WORDS = ("red", "green", "blue", "apple", "dog", "cat", "house", "tree", "river", "car", "big", "small", "near", "over")
 
 
@@ -100,6 +103,16 @@ def tiny_towers(
 def unit_rows(rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Returns random rows of unit length around a common direction, as features of a trained model lie."""
     return torch.nn.functional.normalize(torch.randn(rows, width, dtype=dtype) + 0.5, dim=1)
+
+
+def load_script(name: str) -> ModuleType:
+    """Imports a program of scripts/, anew for each test."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:

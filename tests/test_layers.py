@@ -14,7 +14,7 @@ SOURCE = Path(jettclip.__file__).parent
 LAYERS = (
     ("", "main"),
     ("build",),
-    ("train", "evaluate", "extract", "export"),
+    ("train", "evaluate", "extract", "export", "prepare"),
     ("progress",),
     ("checkpoint", "report", "figures", "profiling"),
     ("engine",),
