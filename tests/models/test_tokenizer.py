@@ -172,6 +172,30 @@ def test_long_words_are_not_remembered() -> None:
     assert list(ours._ids) == ["dog"]
 
 
+@pytest.mark.parametrize("letters", ["ab", "aaab", "thein", string.ascii_lowercase, "ha!?", "\u4e00\u4e8c\xe9"])
+def test_endless_words_are_split_as_openclip_splits_them(letters: str) -> None:
+    generator = random.Random(letters)
+    for length in (63, 64, 65, 66, 100, 999, 2000):
+        word = "".join(generator.choices(letters, k=length))
+        assert OURS["lower"].encode(word) == REFERENCE["lower"].encode(word)
+
+
+def test_a_word_without_end_takes_no_time_without_end() -> None:
+    word = "".join(random.Random(0).choices(string.ascii_lowercase, k=100_000))
+    splits = 0
+
+    class Counted(dict[Any, Any]):
+        def get(self, *key: Any) -> Any:
+            nonlocal splits
+            splits += 1
+            return super().get(*key)
+
+    ours = CachedTokenizer()
+    ours.bpe_ranks = Counted(ours.bpe_ranks)
+    assert len(ours.encode(word)) > 10_000
+    assert splits < 10 * len(word)  # pairs looked up; OpenCLIP's looks up all that are left for every merge
+
+
 def test_it_survives_the_way_to_a_worker() -> None:
     ours = CachedTokenizer(context_length=9, reduction_mask="", clean="whitespace")
     ours(ODD)

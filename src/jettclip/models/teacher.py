@@ -56,11 +56,7 @@ class Teacher(Frozen):
 
     def weights_digest(self) -> str:
         """Returns a digest of all weights, to tell stores of one teacher from another's."""
-        found = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        return weights_digest(self.model)
 
     @torch.no_grad()
     def forward(self, image: Tensor, short: Tensor | None, long: Tensor | None) -> TeacherFeatures:
@@ -77,6 +73,15 @@ class Teacher(Frozen):
             image = resize(image, self.image_size, interpolation, antialias=True)
         features = self.model(image, short, long)
         return TeacherFeatures(features.image, features.short, features.long)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Returns a digest of all weights of a model, and of their names."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 class Ensemble(Frozen):
