@@ -27,7 +27,7 @@ def test_the_table_of_flags_is_complete_and_true() -> None:
 
 
 def test_the_table_of_presets_is_true() -> None:
-    assert dict(re.findall(r"^\| `(\w+)` \| `([^`]*@[^`]*)` \|", README, re.M)) == {
+    assert dict(re.findall(r"^\| `([\w-]+)` \| `([^`]*@[^`]*)` \|", README, re.M)) == {
         name: recipe.formula for name, recipe in PRESETS.items()
     }
 
