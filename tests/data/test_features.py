@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -75,7 +76,10 @@ def test_the_file_has_the_documented_layout(tmp_path: Path) -> None:
         "image_size": ([3, 2], torch.int32),
     }
     assert bytes(file["long_digest"][1, 2].tolist()) == xxhash.xxh3_64_digest(b"long of b''")
-    assert bytes(file["image_check"][2, 1].tolist()) == xxhash.xxh3_64_digest(file["image"][2, 1].numpy().tobytes())
+    seed = int(file["image_scale"][2, 1].numpy().view(np.uint32))
+    assert bytes(file["image_check"][2, 1].tolist()) == xxhash.xxh3_64_digest(
+        file["image"][2, 1].numpy().tobytes(), seed
+    )
     starts, ends = [0, *file["paug_end"].tolist()], file["paug_end"].tolist()
     blob = bytes(file["paug"].tolist())
     assert [json.loads(blob[start:end]) for start, end in zip(starts, ends, strict=False)] == [
@@ -502,3 +506,13 @@ def test_a_row_with_a_flipped_bit_costs_no_other_row(dtype: torch.dtype, tmp_pat
                 damaged.read("long", 1, 2)
         else:
             assert torch.equal(damaged.read("long", place // 5, place % 5), row)
+
+
+def test_a_scale_with_a_flipped_bit_costs_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    write_reinforced(path, AUGMENTATIONS, captions=5, dtype=torch.int8)
+    data = bytearray(path.read_bytes())
+    data[data.index(load_file(path)["long_scale"][1, 2].numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Dropped, match="long feature is damaged"):
+        Store(str(path)).read("long", 1, 2)

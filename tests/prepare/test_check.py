@@ -287,7 +287,7 @@ def test_features_that_are_not_finite_are_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "000000.t.safetensors"
     rows = load_file(path)
     rows["image"][1, 0, 2] = float("nan")
-    rows["image_check"][1, 0] = torch.tensor(list(digest(rows["image"][1, 0].numpy().tobytes())))
+    rows["image_check"][1, 0] = 0
     with safe_open(path, "pt") as file:
         save_file(rows, path, file.metadata())
     assert check(url, stores=["t"]).stores["t"].problems == {"image feature is not finite": 1}
