@@ -20,7 +20,7 @@ LAYERS = (
     ("engine",),
     ("models", "data", "losses", "params"),
     ("rules",),
-    ("openclip", "settings", "seeding", "ranks", "interrupt"),
+    ("openclip", "settings", "seeding", "ranks", "interrupt", "files"),
     ("types",),
 )
 OPENCLIP = {"open_clip", "open_clip_train"}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from jettclip.files import whole_file
 
 METRICS = "metrics.jsonl"
 
@@ -88,9 +89,8 @@ class JsonLines:
     def __init__(self, path: Path, first_step: int | None) -> None:
         if path.exists():  # rewritten whole, since a killed run may have left its last line unfinished
             kept = [line for line in read_metrics(path) if first_step is None or line["step"] <= first_step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(partial, path)
+            with whole_file(path) as partial:
+                Path(partial).write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._stream = path.open("a")
 
     def write(self, kind: str, step: int, values: Values) -> None:

@@ -50,11 +50,11 @@ class Tally:
         """Counts something worth reporting that loses nothing, such as a caption made by a policy."""
         self.noted[event] += 1
 
-    def damage(self, event: str, shard: str, count: int = 1) -> None:
+    def damage(self, event: str, shard: str) -> None:
         """Counts damage to a shard, and warns the first time it is seen; how many samples it cost may be unknown."""
         if not self.damaged[event]:
             logging.warning(f"{shard}: {event}")
-        self.damaged[event] += count
+        self.damaged[event] += 1
 
     def drop(self, reason: str, example: str) -> None:
         """Counts a sample that was read and cannot be used.

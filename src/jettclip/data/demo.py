@@ -20,6 +20,8 @@ import webdataset
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from jettclip.files import whole_file
+
 EMOJIS = "🍎🍌🍇🍓🥕🌽🍄🍕🍩🍪🐶🐱🐭🦊🐻🐼🐸🐵🐔🐧🦋🐝🐞🐢🐙🐠🚗🚌🚲🚀🚂⚓⚽🏀🎸🎈🔑🔔☂🌵🌻🌙"
 TINTS = {
     "white": (255, 255, 255),
@@ -134,11 +136,9 @@ def write_demo_shards(folder: str | os.PathLike[str], split: str, scenes: int, s
 def _write_shard(folder: Path, split: str, scenes: int, seed: int, start: int) -> Path:
     path = folder / f"{start // SHARD_SIZE:06d}.tar"
     if not path.exists():
-        partial_path = path.with_suffix(".partial")
-        with webdataset.TarWriter(str(partial_path), encoder=False, mtime=0) as writer:
+        with whole_file(path) as partial_path, webdataset.TarWriter(partial_path, encoder=False, mtime=0) as writer:
             for number in range(start, min(start + SHARD_SIZE, scenes)):
                 writer.write(make_sample(split, number, seed))
-        os.replace(partial_path, path)
     return path
 
 

@@ -10,7 +10,6 @@ without a trace. With a manifest nothing that has changed is passed on, and ever
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ import xxhash
 
 from jettclip.data.counts import DataError, HeldDamage, Tally
 from jettclip.data.tar import MAX_MEMBER_BYTES, Member, split_name, stem_of, walk
+from jettclip.files import whole_file
 
 FORMAT = 1
 MISSING = "sample of the manifest is missing"
@@ -33,6 +33,11 @@ Manifest = dict[str, dict[str, str]]
 def member_digest(data: bytes) -> str:
     """Returns what a manifest keeps of a member's bytes: XXH3, 64 bits in hexadecimal."""
     return xxhash.xxh3_64_hexdigest(data)
+
+
+def digests_of(members: Mapping[str, bytes]) -> dict[str, str]:
+    """Returns the `member_digest` of each member of a sample, by extension."""
+    return {extension: member_digest(data) for extension, data in members.items()}
 
 
 def manifest_path(shard: str) -> str:
@@ -50,19 +55,9 @@ def write_manifest(shard: str | os.PathLike[str], samples: Iterable[tuple[str, M
     Raises:
         OSError: if it cannot be written; nothing is left behind.
     """
-    path = manifest_path(os.fspath(shard))
-    partial = f"{path}.{os.getpid()}.partial"
     content = {"jettclip_manifest": FORMAT, "samples": {key: dict(digests) for key, digests in samples}}
-    try:
-        with open(partial, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, separators=(",", ":")))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise
+    with whole_file(manifest_path(os.fspath(shard))) as partial, open(partial, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, separators=(",", ":")))
 
 
 def parse_manifest(data: bytes, path: str) -> Manifest:

@@ -82,7 +82,6 @@ class Beside(NamedTuple):
     texts: Mapping[str, Tensor]
     rows: Rows | None
     tokens: TeacherTokens | None
-    noted: Mapping[str, int]
     problem: Exception | None
 
 
@@ -165,7 +164,7 @@ class SampleReader:
         """
         groups = iter(groups)
         while ahead := list(islice(groups, AHEAD)):
-            beside = iter([self._beside(group, epoch) for group in ahead])
+            beside = iter([self._beside(group, epoch, tally) for group in ahead])
 
             def finish(group: Group, beside: Iterator[Beside] = beside) -> Sample:
                 return self._sample(group, next(beside), epoch, tally)
@@ -178,11 +177,12 @@ class SampleReader:
         Raises:
             Dropped: with the reason, if something is missing, empty, stale or unreadable.
         """
-        return self._sample(group, self._beside(group, epoch), epoch, tally)
+        return self._sample(group, self._beside(group, epoch, tally), epoch, tally)
 
-    def _beside(self, group: Group, epoch: int) -> Beside:
+    def _beside(self, group: Group, epoch: int, tally: Tally) -> Beside:
         """Reads what stands beside the image; a problem is kept for when the sample's turn comes."""
-        tally, captions, texts = Tally(), None, {}
+        captions: Mapping[str, Caption] | None = None
+        texts: dict[str, Tensor] = {}
         rows: Rows | None = None
         tokens: TeacherTokens | None = None
         problem: Exception | None = None
@@ -196,11 +196,10 @@ class SampleReader:
                 tokens = TeacherTokens(*(self._teacher_tokens(view, captions, tally) for view in VIEWS))
         except (Dropped, DataError) as found:
             problem = found
-        return Beside(captions, texts, rows, tokens, tally.noted, problem)
+        return Beside(captions, texts, rows, tokens, problem)
 
     def _sample(self, group: Group, beside: Beside, epoch: int, tally: Tally) -> Sample:
         """Decodes the image, and puts what stands beside it to it."""
-        tally.noted.update(beside.noted)
         if beside.captions is None:
             assert beside.problem is not None
             raise beside.problem

@@ -23,6 +23,7 @@ from jettclip.data.counts import DataError, Tally
 from jettclip.data.manifest import manifest_path
 from jettclip.data.streams import SIZES, find_manifest, is_local, open_shard
 from jettclip.data.tar import read_samples
+from jettclip.files import whole_file
 
 
 def sizes_of(urls: Iterable[str]) -> dict[str, int]:
@@ -141,13 +142,5 @@ def write_sizes(folder: str, sizes: Mapping[str, int]) -> None:
     Raises:
         OSError: if it cannot be written; nothing is left behind.
     """
-    path = os.path.join(folder, SIZES)
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8") as stream:
-            json.dump(dict(sorted(sizes.items())), stream, indent=1)
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise
+    with whole_file(os.path.join(folder, SIZES)) as partial, open(partial, "w", encoding="utf-8") as stream:
+        json.dump(dict(sorted(sizes.items())), stream, indent=1)

@@ -12,7 +12,6 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jettclip.data.counts import DataError, Dropped
+from jettclip.files import whole_file
 
 HEADER_LIMIT = 100_000_000
 """Bytes of a header at most, as in the library safetensors; 10,000 keys take some 300 kB."""
@@ -141,20 +141,14 @@ def write_tensors(
     Raises:
         DataError: if it cannot be written, as on a full disk; nothing is left behind then.
     """
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
-        with open(partial, "wb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode  # what the user's umask allows; the library's files are private
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
-        os.chmod(partial, mode)
-        check(partial)
-        with open(partial, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            with open(partial, "wb") as stream:
+                mode = os.fstat(stream.fileno()).st_mode  # what the user's umask allows; the library makes them private
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
+            os.chmod(partial, mode)
+            check(partial)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"{path} cannot be written ({error}); free some space, or choose another folder that can be written to"
         ) from error
-    finally:
-        with suppress(OSError):  # it is not there any more if all went well
-            os.unlink(partial)

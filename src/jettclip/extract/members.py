@@ -74,11 +74,7 @@ class ClipMember:
 
     def preparation(self, settings: SampleSettings) -> Preparation:
         """Returns its transform, behind the decoder that `settings` name, and its tokenizer."""
-        images = ImageReader(
-            self.transform,
-            decoder="pillow" if settings.image_decoder == "pillow" else "fast",
-            max_pixels=settings.max_image_pixels,
-        )
+        images = ImageReader(self.transform, decoder=settings.image_decoder, max_pixels=settings.max_image_pixels)
         return Preparation(self.tokenizer, images, self.teacher.model.ignores_padding)
 
     def embed_images(self, images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from jettclip.data.counts import DataError, Tally
 from jettclip.data.rows import Lost
+from jettclip.data.sizes import write_sizes
 from jettclip.data.streams import SIZES
 from jettclip.prepare.holdout import Item, split_rows
 from jettclip.prepare.output import REPORT, folder_of, folders_of, prepared, shards_of_ours, urls_of
@@ -118,7 +119,8 @@ class _Builder:
             for name in gone:
                 remove_shard(os.path.join(folder, name))
         for folder, sizes in self.sizes.items():
-            write_json(os.path.join(folder, SIZES), sizes)
+            with writing(folder):
+                write_sizes(folder, sizes)
         total = Account()
         for account in self.accounts.values():
             total.add(account.as_json())

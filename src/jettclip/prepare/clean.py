@@ -9,11 +9,11 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from jettclip.data.counts import DataError, Tally, describe
-from jettclip.data.manifest import manifest_path, member_digest, write_manifest
+from jettclip.data.manifest import digests_of, manifest_path, write_manifest
 from jettclip.data.sizes import write_sizes
 from jettclip.data.streams import is_local, open_shard, read_shard
 from jettclip.data.tar import read_samples
-from jettclip.prepare.everything import EVERYTHING
+from jettclip.prepare.everything import EVERYTHING, members_of
 from jettclip.prepare.key_index import KeyIndex
 from jettclip.prepare.pool import run
 from jettclip.prepare.writer import write_shard
@@ -95,8 +95,7 @@ def _write_manifest(url: str) -> str:
     try:
         with open_shard(url) as stream:  # read as it is, whatever an old manifest says
             for group in read_samples(stream, EVERYTHING, tally, url):
-                members = {name: data for name, data in group.items() if not name.startswith("__")}
-                samples.append((group["__key__"], {name: member_digest(data) for name, data in members.items()}))
+                samples.append((group["__key__"], digests_of(members_of(group))))
         if tally.damaged:
             return describe(tally.damaged)
         if not samples:

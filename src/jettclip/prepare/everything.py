@@ -1,6 +1,9 @@
-"""Names all members of a sample at once."""
+"""All members of a sample, whatever they are."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class Everything(frozenset[str]):
@@ -11,3 +14,8 @@ class Everything(frozenset[str]):
 
 
 EVERYTHING = Everything()
+
+
+def members_of(group: Mapping[str, Any]) -> dict[str, bytes]:
+    """Returns the members of a sample by extension, without what else is known of it."""
+    return {name: data for name, data in group.items() if not name.startswith("__")}

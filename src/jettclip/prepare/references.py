@@ -15,7 +15,7 @@ from jettclip.data.rows import Lost
 from jettclip.data.shards import expand_urls
 from jettclip.data.streams import find_manifest, is_local, read_shard
 from jettclip.data.tar import split_name
-from jettclip.prepare.everything import EVERYTHING
+from jettclip.prepare.everything import EVERYTHING, members_of
 from jettclip.prepare.key_table import KeyTable, read_keys
 from jettclip.prepare.settings import BuildSettings
 
@@ -153,20 +153,16 @@ def _partners(shard: str, references: Any) -> dict[str, dict[str, bytes]]:
     for group in read_shard(shard, EVERYTHING, Tally(), first):
         if group["__key__"] in waiting:
             waiting.remove(group["__key__"])
-            found[group["__key__"]] = _members(group)
+            found[group["__key__"]] = members_of(group)
         if not waiting:
             break
     return found
 
 
-def _members(group: dict[str, Any]) -> dict[str, bytes]:
-    return {extension: data for extension, data in group.items() if not extension.startswith("__")}
-
-
 def _merge(
     group: dict[str, Any], joined: dict[str, dict[str, bytes]], reference: Reference
 ) -> dict[str, bytes] | Dropped:
-    own = _members(group)
+    own = members_of(group)
     if not reference.partner:
         return own
     partner = joined.get(reference.key)

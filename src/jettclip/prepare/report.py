@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from jettclip.data.counts import DataError
+from jettclip.files import whole_file
 
 MOST_EXAMPLES = 5
 
@@ -64,17 +64,8 @@ def write_json(path: str, value: Any) -> None:
     Raises:
         DataError: if it cannot be written; nothing is left behind.
     """
-    partial = f"{path}.{os.getpid()}.partial"
-    with writing(path):
-        try:
-            with open(partial, "w", encoding="utf-8") as stream:
-                stream.write(json.dumps(value, indent=1, ensure_ascii=True))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, path)
-        finally:
-            with suppress(OSError):
-                os.remove(partial)
+    with writing(path), whole_file(path) as partial, open(partial, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, indent=1, ensure_ascii=True))
 
 
 def read_json(path: str) -> Any:

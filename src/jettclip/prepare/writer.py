@@ -7,9 +7,12 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
-from jettclip.data.manifest import manifest_path, member_digest, write_manifest
+from jettclip.data.manifest import digests_of, manifest_path, write_manifest
+from jettclip.files import whole_file
+from jettclip.prepare.everything import members_of
 
 
 def write_shard(path: str | os.PathLike[str], groups: Iterable[Mapping[str, Any]]) -> int:
@@ -25,27 +28,21 @@ def write_shard(path: str | os.PathLike[str], groups: Iterable[Mapping[str, Any]
     Raises:
         OSError: if it cannot be written; nothing is left behind.
     """
-    path = os.fspath(path)
-    partial = f"{path}.{os.getpid()}.partial"
+    path, groups = os.fspath(path), iter(groups)
+    first = next(groups, None)
+    if first is None:
+        return 0
     digests: dict[str, dict[str, str]] = {}
-    try:
-        with open(partial, "wb") as stream:
-            with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                for group in groups:
-                    members = {name: data for name, data in group.items() if not name.startswith("__")}
-                    for extension, data in members.items():
-                        entry = tarfile.TarInfo(f"{group['__key__']}.{extension}")  # of no owner, and no date
-                        entry.size = len(data)
-                        tar.addfile(entry, io.BytesIO(data))
-                    digests[group["__key__"]] = {name: member_digest(data) for name, data in members.items()}
-            stream.flush()
-            os.fsync(stream.fileno())
-        if digests:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(manifest_path(path))  # of another shard that was here
-            os.replace(partial, path)
-            write_manifest(path, digests.items())
-    finally:
+    with whole_file(path) as partial:
+        with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
+            for group in chain([first], groups):
+                members = members_of(group)
+                for extension, data in members.items():
+                    entry = tarfile.TarInfo(f"{group['__key__']}.{extension}")  # of no owner, and no date
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+                digests[group["__key__"]] = digests_of(members)
         with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
+            os.remove(manifest_path(path))  # of another shard that was here
+    write_manifest(path, digests.items())
     return len(digests)
