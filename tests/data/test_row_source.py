@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from jettclip.data import row_source
+from jettclip.data import rows as rows_module
 from jettclip.data.counts import DataError, Tally
 from jettclip.data.loader import Loader
 from jettclip.data.pipeline import get_wds_dataset
@@ -185,7 +185,7 @@ def test_a_picture_that_cannot_be_read_is_dropped_and_counted(tmp_path: Path, mo
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
     names = ["good.png", "missing.png", "bad.png", "folder.png", "good.png\0.png", "large.png", "pipe.png"]
     rows = [Row(f"{i}", str(tmp_path / name), {"long": ["a dog"]}, {}, "") for i, name in enumerate(names)]
-    monkeypatch.setattr(row_source, "MAX_MEMBER_BYTES", 4000)
+    monkeypatch.setattr(rows_module, "MAX_MEMBER_BYTES", 4000)
     loader = load(RowSource("rows", rows), 7)
     assert [len(batch.image) for batch in loader] == [1]
     assert loader.last_info.keys == ["0"]

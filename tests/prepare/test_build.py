@@ -275,13 +275,13 @@ def test_a_killed_run_leaves_whole_shards_and_no_process_and_goes_on(tmp_path: P
     blocker = (
         "import runpy, signal, sys\n"
         "from jettclip.prepare import samples\n"
-        "read = samples._read\n"
+        "read = samples.read_picture\n"
         "def wait_there(path):\n"
         "    if path.endswith('/40.jpg'):\n"
         "        print('there', flush=True)\n"
         "        signal.pause()\n"
         "    return read(path)\n"
-        "samples._read = wait_there\n"
+        "samples.read_picture = wait_there\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jettclip.data.counts import DataError, Dropped, Tally
+from jettclip.data.opened import Opened
 from jettclip.data.streams import is_local
 from jettclip.data.tar import split_name, stem_of, walk
 
@@ -77,7 +78,7 @@ class EmbeddingTars:
 
     def __init__(self, shards: Sequence[str], on_missing: str) -> None:
         self.on_missing = on_missing
-        self._opened: dict[str, EmbeddingTar | Dropped] = {}
+        self._opened = Opened(_open, OPEN_TARS)
         remote = next((shard for shard in shards if not is_local(shard)), None)
         if remote:
             raise DataError(f"{remote!r} is not on this machine, so no tar of text embeddings can stand beside it")
@@ -101,7 +102,7 @@ class EmbeddingTars:
         """
         shard, key = group["__shard__"], group["__key__"]
         try:
-            return self._tar(shard).read(key)
+            return self._opened.of(shard).read(key)
         except Dropped as problem:
             if self.on_missing == "drop":
                 raise
@@ -110,20 +111,11 @@ class EmbeddingTars:
                 "--on-missing-features drop to go on without such samples"
             ) from problem
 
-    def _tar(self, shard: str) -> EmbeddingTar:
-        if shard not in self._opened:
-            if len(self._opened) == OPEN_TARS:
-                del self._opened[next(iter(self._opened))]  # the one opened first
-            try:
-                self._opened[shard] = EmbeddingTar(embedding_tar_path(shard))
-            except Dropped as problem:
-                self._opened[shard] = problem
-        tar = self._opened[shard]
-        if isinstance(tar, Dropped):
-            raise tar.with_traceback(None)  # or it would collect the frames of every sample of the shard
-        return tar
-
 
 def embedding_tar_path(shard: str) -> str:
     """Returns where the text embeddings of a shard stand."""
     return stem_of(shard) + "_text_embeddings.tar"
+
+
+def _open(shard: str) -> EmbeddingTar:
+    return EmbeddingTar(embedding_tar_path(shard))

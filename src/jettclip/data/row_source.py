@@ -9,6 +9,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from io import BytesIO
 from typing import Any
@@ -19,12 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from jettclip.data.conversations import read_conversations
-from jettclip.data.counts import DataError, Tally, check_drop_rate, describe
+from jettclip.data.counts import DataError, Dropped, Tally, check_drop_rate, describe
 from jettclip.data.folders import STRAY, read_folder
-from jettclip.data.rows import Lost, Row, describe_row
+from jettclip.data.rows import Lost, Row, describe_row, read_picture
 from jettclip.data.shards import Shard
 from jettclip.data.tables import read_table
-from jettclip.data.tar import MAX_MEMBER_BYTES
 
 OPENCLIP_COLUMNS = ("filepath", "title")
 """What ``--csv-img-key`` and ``--csv-caption-key`` are unless given; columns are found by name then."""
@@ -95,8 +95,9 @@ class RowSource:
         key, image, columns = self._packed[start:end].numpy().tobytes().split(b"\0", 2)
         path = os.fsdecode(image)
         group = {"__key__": os.fsdecode(key), "__shard__": shard.url, "__image__": path, "json": columns}
-        data = _contents(path)
-        yield group if data is None else {**group, "jpg": data}
+        with suppress(Dropped):  # without a picture it is dropped where samples are counted
+            group["jpg"] = read_picture(path)
+        yield group
 
 
 def _hint(path: str) -> str:
@@ -126,17 +127,6 @@ def _pack(row: Row) -> bytes:
     columns = json.dumps(describe_row(row), ensure_ascii=False, default=str).encode("utf-8", "replace")
     names = [os.fsencode(name).replace(b"\0", b"?") for name in (row.key, row.image)]  # no file has it in its name
     return b"\0".join([*names, columns])
-
-
-def _contents(path: str) -> bytes | None:
-    """Returns the bytes of a file; None if it cannot be read, or is larger than a member of a tar may be."""
-    try:
-        if os.path.isfile(path) and os.path.getsize(path) <= MAX_MEMBER_BYTES:  # a pipe would keep a reader waiting
-            with open(path, "rb") as stream:
-                return stream.read()
-    except OSError:
-        pass
-    return None
 
 
 class SyntheticSource:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jettclip.data.counts import DataError, Dropped
 from jettclip.data.decode import decode_text
+from jettclip.data.tar import MAX_MEMBER_BYTES
 
 VIEW_KEYS = ("short_caption", "long_caption")
 """The names that the captions of the views have in the json member."""
@@ -122,6 +124,26 @@ def check_file(path: str) -> None:
             pass
     except OSError as error:
         raise DataError(f"{path!r} cannot be opened: {error.strerror}; give a file that can be read") from error
+
+
+def read_picture(path: str) -> bytes:
+    """Returns the bytes of a picture's file.
+
+    Raises:
+        Dropped: if it is not there, no regular file, larger than a member of a tar may be, or cannot be read.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would keep a reader waiting
+            raise Dropped("image is not a regular file")
+        if status.st_size > MAX_MEMBER_BYTES:
+            raise Dropped(f"image is larger than {MAX_MEMBER_BYTES >> 20} MiB")
+        with open(path, "rb") as stream:
+            return stream.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Dropped("missing file", path) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise Dropped("file cannot be read", str(error)) from error
 
 
 def numbered(path: str, rows: Iterator[Any]) -> Iterator[tuple[Place, Any]]:

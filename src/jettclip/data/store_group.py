@@ -12,6 +12,7 @@ from jettclip.data.augmentation import StoredAugmentation
 from jettclip.data.captions import Caption
 from jettclip.data.counts import DataError, Dropped
 from jettclip.data.features import Store, StoreInfo, digest, store_path
+from jettclip.data.opened import Opened
 from jettclip.data.policies import is_random
 from jettclip.data.streams import is_local
 from jettclip.types import AdapterInfo, TeacherFeatures, TeacherInfo
@@ -43,7 +44,7 @@ class StoreGroup:
     def __init__(self, names: Sequence[str], folder: str, expected: Sequence[StoreInfo], on_missing: str) -> None:
         self.names, self.folder, self.expected, self.on_missing = names, folder, expected, on_missing
         self.has_augmentations = any(info.augmentation for info in expected)  # that must be replayed on the images
-        self._opened: dict[str, list[Store] | Dropped] = {}
+        self._opened = Opened(self._open, OPEN_SHARDS)
 
     @property
     def teachers(self) -> list[TeacherInfo]:
@@ -68,7 +69,7 @@ class StoreGroup:
         """
         shard, key = group["__shard__"], group["__key__"]
         try:
-            return self._lookup(self._stores(shard), key, contents, pick)
+            return self._lookup(self._opened.of(shard), key, contents, pick)
         except Dropped as problem:
             if self.on_missing == "drop":
                 raise
@@ -100,21 +101,6 @@ class StoreGroup:
             found = [torch.cat(features) for features in zip(*rows, strict=True)]  # in the widest number format
         features = dict(zip(contents, found, strict=True))
         return Rows(TeacherFeatures(features.get("image"), features.get("short"), features.get("long")), augmentation)
-
-    def _stores(self, shard: str) -> list[Store]:
-        """Returns the open stores of a shard, or raises Dropped with what is wrong with them."""
-        if shard not in self._opened:
-            if len(self._opened) == OPEN_SHARDS:
-                del self._opened[next(iter(self._opened))]  # the one opened first
-            try:
-                self._opened[shard] = self._open(shard)
-            except Dropped as problem:
-                problem.__cause__ = problem.__context__ = None  # or its frames would keep the file open
-                self._opened[shard] = problem
-        stores = self._opened[shard]
-        if isinstance(stores, Dropped):
-            raise stores.with_traceback(None)  # or it would collect the frames of every sample of the shard
-        return stores
 
     def _open(self, shard: str) -> list[Store]:
         stores = [Store(store_path(shard, name, self.folder)) for name in self.names]

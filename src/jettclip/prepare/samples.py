@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +9,7 @@ import xxhash
 
 from jettclip.data.counts import DataError, Dropped
 from jettclip.data.decode import IMAGE_EXTENSIONS, decode_json
-from jettclip.data.rows import Row, describe_row
-from jettclip.data.tar import MAX_MEMBER_BYTES
+from jettclip.data.rows import Row, describe_row, read_picture
 from jettclip.prepare.picture import store_picture
 from jettclip.prepare.references import Reference, encode_json, read_groups
 from jettclip.prepare.settings import BuildSettings
@@ -46,7 +43,7 @@ def _found(rows: Sequence[Row | Reference]) -> Iterator[tuple[Row | Reference, A
 
 
 def _sample_of_row(row: Row, settings: BuildSettings) -> Sample:
-    data = _read(row.image)
+    data = read_picture(row.image)
     picture = store_picture(data, settings)
     members = {picture.extension: picture.data}
     if "long" in row.captions:  # for which `txt` is taken
@@ -77,18 +74,3 @@ def _sample_of_group(group: dict[str, bytes], settings: BuildSettings) -> Sample
         if "width" in description or "height" in description:
             members["json"] = encode_json({**description, "width": picture.width, "height": picture.height})
     return Sample(members, xxhash.xxh3_64_intdigest(group[extension]))
-
-
-def _read(path: str) -> bytes:
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise Dropped("image is not a regular file")
-        if status.st_size > MAX_MEMBER_BYTES:
-            raise Dropped(f"image is larger than {MAX_MEMBER_BYTES >> 20} MiB")
-        with open(path, "rb") as stream:
-            return stream.read()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Dropped("missing file", path) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise Dropped("file cannot be read", str(error)) from error
