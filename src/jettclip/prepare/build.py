@@ -8,26 +8,23 @@ up, such as a file that is no picture, belong to no run.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import Event
+from functools import partial
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from jettclip.data.counts import DataError, Tally
+from jettclip.data.counts import Tally
 from jettclip.data.rows import Lost
 from jettclip.data.sizes import write_sizes
 from jettclip.data.streams import SIZES
 from jettclip.prepare.holdout import Item, split_rows
 from jettclip.prepare.output import REPORT, folder_of, folders_of, prepared, shards_of_ours, urls_of
-from jettclip.prepare.pool import all_cores
+from jettclip.prepare.pool import all_cores, in_processes
 from jettclip.prepare.report import Account, write_json, writing
 from jettclip.prepare.settings import BuildSettings
-from jettclip.prepare.shard_job import Job, Run, make_shard, remove_shard, shard_path, start_worker
+from jettclip.prepare.shard_job import Job, Run, ShardMaker, remove_shard, shard_path
 from jettclip.prepare.source import open_source
 
 
@@ -96,9 +93,8 @@ class _Builder:
         runs = _runs(items, self.settings.shard_size, account)
         workers = self.settings.workers or all_cores()
         with tqdm(desc=f"building {split}".rstrip(), unit="row", disable=None) as bar:
-            for number, part in enumerate(
-                _in_workers(runs, Job(folder, self.settings, held_out, split == "holdout"), workers)
-            ):
+            make_shard = partial(ShardMaker, Job(folder, self.settings, held_out, split == "holdout"))
+            for number, part in enumerate(in_processes(make_shard, runs, workers)):
                 account.add({**part, "read": 0})  # which `_runs` counted
                 self.kept += part.get("kept", False)
                 if part["written"]:
@@ -146,24 +142,3 @@ def _runs(items: Iterable[Item], size: int, account: Account) -> Iterator[Run]:
             number, rows = number + 1, []
     if rows:
         yield Run(number, rows)
-
-
-def _in_workers(runs: Iterable[Run], job: Job, workers: int) -> Iterator[dict[str, Any]]:
-    """Makes the shards in worker processes; yields their parts of the report, in order."""
-    stop = Event()
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(job, stop))
-    waiting: deque[Future[dict[str, Any]]] = deque()
-    try:
-        for run in runs:
-            waiting.append(pool.submit(make_shard, run))
-            if len(waiting) > workers + 1:  # no more rows are held in memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process was killed, perhaps for want of memory; the same command with fewer --workers goes on"
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -36,41 +37,56 @@ def run(
         DataError: if a worker process is killed.
     """
     workers = min(workers, count)
-    answers = map(make_task(), items) if workers < 2 else _in_processes(make_task, items, workers)
+    answers = map(make_task(), items) if workers < 2 else in_processes(make_task, items, workers)
     yield from tqdm(answers, desc=what, total=count, unit="shard", disable=None)
 
 
-def _in_processes(make_task: Callable[[], Callable[[T], Any]], items: Iterable[T], workers: int) -> Iterator[Any]:
-    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(make_task,))
+def in_processes(make_task: Callable[[], Callable[[T], Any]], items: Iterable[T], workers: int) -> Iterator[Any]:
+    """Yields what a task, made once in every one of so many processes, returns for each item, in order.
+
+    Items are taken only a few ahead. When no more answers are wanted, tasks are told by `is_stopping`.
+
+    Raises:
+        DataError: if a worker process is killed.
+    """
+    stop = multiprocessing.Event()
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(make_task, stop))
     waiting: deque[Future[Any]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(_run, item))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > workers + 1:  # so that no one is idle, and no more is held in memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise DataError("a worker process was killed, perhaps for want of memory; give fewer --workers") from error
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
 _task: Callable[[Any], Any]
+_stop: Event | None = None
 
 
-def _start(make_task: Callable[[], Callable[[Any], Any]]) -> None:
-    global _task
+def is_stopping() -> bool:
+    """Tells a task whether it is done for nothing, since the main process gives up."""
+    return _stop is not None and _stop.is_set()
+
+
+def _start(make_task: Callable[[], Callable[[Any], Any]], stop: Event) -> None:
+    global _task, _stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
-    die_with_parent()
-    _task = make_task()
+    _die_with_parent()
+    _task, _stop = make_task(), stop
 
 
 def _run(item: Any) -> Any:
     return _task(item)
 
 
-def die_with_parent() -> None:
+def _die_with_parent() -> None:
     """Ends this worker process as soon as its parent is gone, even if that was killed and could tell no one."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import xxhash
 
 from jettclip.data.counts import Dropped
 from jettclip.data.manifest import manifest_path
 from jettclip.data.rows import Row
-from jettclip.prepare.pool import die_with_parent
+from jettclip.prepare.pool import is_stopping
 from jettclip.prepare.references import Reference
 from jettclip.prepare.report import Account, read_json, write_json, writing
 from jettclip.prepare.samples import make_samples
@@ -43,83 +42,71 @@ class Run(NamedTuple):
     rows: list[Row | Reference]
 
 
-class Event(Protocol):
-    """What tells workers to stop."""
-
-    def is_set(self) -> bool:
-        """Tells whether it is time."""
-
-
 class Stopped(Exception):
     """Raised in a worker when the main process gives up."""
 
 
-_job: Job
-_common: xxhash.xxh3_128  # the digest of what all shards have in common
-_stop: Event
+class ShardMaker:
+    """Makes one shard after the other; made once in every process.
 
-
-def start_worker(job: Job, stop: Event) -> None:
-    """Prepares a worker process: it leaves Ctrl-C to the main process, and dies with it."""
-    global _job, _common, _stop
-    _job, _stop = job, stop
-    _common = xxhash.xxh3_128(json.dumps([FORMAT, job.settings.of_samples, sorted(job.held_out)]).encode())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
-
-
-def make_shard(run: Run) -> dict[str, Any]:
-    """Writes the shard of a run, then its part of the report, and returns that.
-
-    A part that is there and has the fingerprint of the rows, the files they name and the settings is returned as it
-    is. Without any sample, no shard is written.
-
-    Raises:
-        DataError: if the shard cannot be written.
+    Args:
+        job: what the shards have in common.
     """
-    path = shard_path(_job.folder, run.number)
-    fingerprint = _fingerprint(run)
-    part = read_json(part_path(path))
-    if isinstance(part, dict) and part.get("fingerprint") == fingerprint and _size(path) == part["bytes"]:
-        return {**part, "kept": True}
-    account = Account()
-    account.read = len(run.rows)
-    digests: list[int] = []
-    remove_shard(path)
-    with writing(path):
-        account.written = write_shard(path, _groups(run, account, digests))
-    part = {"fingerprint": fingerprint, "bytes": _size(path), **account.as_json()}
-    if _job.is_held_out:
-        part["digests"] = digests
-    write_json(part_path(path), part)
-    return part
 
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._common = xxhash.xxh3_128(json.dumps([FORMAT, job.settings.of_samples, sorted(job.held_out)]).encode())
 
-def _groups(run: Run, account: Account, digests: list[int]) -> Iterator[dict[str, Any]]:
-    """Yields the samples to write, and counts the rows that make none."""
-    for row, sample in make_samples(run.rows, _job.settings):
-        if _stop.is_set():
-            raise Stopped
-        if isinstance(sample, Dropped):
-            account.drop(sample.reason, f"{row.where} ({sample})")
-        elif sample.digest in _job.held_out:
-            account.drop("duplicate image digest across splits", row.where)
-        else:
-            digests.append(sample.digest)
-            yield {"__key__": row.key, **sample.members}
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """Writes the shard of a run, then its part of the report, and returns that.
 
+        A part that is there and has the fingerprint of the rows, the files they name and the settings is returned as
+        it is. Without any sample, no shard is written.
 
-def _fingerprint(run: Run) -> str:
-    """Returns a digest of all that decides what the shard will hold."""
-    digest = _common.copy()
-    states: dict[str, Any] = {}
-    for row in run.rows:
-        paths = [row.image] if isinstance(row, Row) else [row.shard, row.partner]
-        for path in paths:
-            if path not in states:
-                states[path] = _state(path)
-        digest.update(json.dumps([row, [states[path] for path in paths]], default=str).encode())
-    return digest.hexdigest()
+        Raises:
+            DataError: if the shard cannot be written.
+        """
+        path = shard_path(self.job.folder, run.number)
+        fingerprint = self._fingerprint(run)
+        part = read_json(part_path(path))
+        if isinstance(part, dict) and part.get("fingerprint") == fingerprint and _size(path) == part["bytes"]:
+            return {**part, "kept": True}
+        account = Account()
+        account.read = len(run.rows)
+        digests: list[int] = []
+        remove_shard(path)
+        with writing(path):
+            account.written = write_shard(path, self._groups(run, account, digests))
+        part = {"fingerprint": fingerprint, "bytes": _size(path), **account.as_json()}
+        if self.job.is_held_out:
+            part["digests"] = digests
+        write_json(part_path(path), part)
+        return part
+
+    def _groups(self, run: Run, account: Account, digests: list[int]) -> Iterator[dict[str, Any]]:
+        """Yields the samples to write, and counts the rows that make none."""
+        for row, sample in make_samples(run.rows, self.job.settings):
+            if is_stopping():
+                raise Stopped
+            if isinstance(sample, Dropped):
+                account.drop(sample.reason, f"{row.where} ({sample})")
+            elif sample.digest in self.job.held_out:
+                account.drop("duplicate image digest across splits", row.where)
+            else:
+                digests.append(sample.digest)
+                yield {"__key__": row.key, **sample.members}
+
+    def _fingerprint(self, run: Run) -> str:
+        """Returns a digest of all that decides what the shard will hold."""
+        digest = self._common.copy()
+        states: dict[str, Any] = {}
+        for row in run.rows:
+            paths = [row.image] if isinstance(row, Row) else [row.shard, row.partner]
+            for path in paths:
+                if path not in states:
+                    states[path] = _state(path)
+            digest.update(json.dumps([row, [states[path] for path in paths]], default=str).encode())
+        return digest.hexdigest()
 
 
 def _state(path: str) -> tuple[int, int] | None:
