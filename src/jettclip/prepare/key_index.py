@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
-from jettclip.prepare.key_table import reported
+from jettclip.prepare.key_table import open_base, reported
 
 
 class Repeated(NamedTuple):
@@ -27,11 +26,9 @@ class KeyIndex:
     """
 
     def __init__(self) -> None:
-        self._base = sqlite3.connect("", isolation_level=None)
-        with reported():
-            self._base.execute("PRAGMA journal_mode = OFF")
-            self._base.execute("CREATE TABLE seen (key TEXT PRIMARY KEY, digest BLOB) WITHOUT ROWID")
-            self._base.execute("CREATE TABLE left_out (shard TEXT, key TEXT, PRIMARY KEY (shard, key)) WITHOUT ROWID")
+        self._base = open_base(
+            "seen (key TEXT PRIMARY KEY, digest BLOB)", "left_out (shard TEXT, key TEXT, PRIMARY KEY (shard, key))"
+        )
 
     def add(self, samples: Iterable[tuple[str, bytes]]) -> Repeated:
         """Takes in the samples of a shard, as key and digest of the image; says which of them have come before."""

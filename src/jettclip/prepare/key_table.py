@@ -13,10 +13,8 @@ class KeyTable:
     """A set of keys, each with a number, in a file that SQLite deletes when it is closed."""
 
     def __init__(self) -> None:
-        self._base = sqlite3.connect("", isolation_level=None)
+        self._base = open_base("keys (key TEXT PRIMARY KEY, number INTEGER)")
         with reported():
-            self._base.execute("PRAGMA journal_mode = OFF")
-            self._base.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
             self._base.execute("BEGIN")
 
     def add(self, key: str, number: int = 0) -> bool:
@@ -56,6 +54,16 @@ def read_keys(path: str, flag: str) -> KeyTable:
         table.close()
         raise DataError(f"{flag} {path!r} cannot be read: {error}; give a file of one key a line") from error
     return table
+
+
+def open_base(*tables: str) -> sqlite3.Connection:
+    """Opens a database of some tables, in a file that SQLite deletes when it is closed."""
+    base = sqlite3.connect("", isolation_level=None)
+    with reported():
+        base.execute("PRAGMA journal_mode = OFF")
+        for table in tables:
+            base.execute(f"CREATE TABLE {table} WITHOUT ROWID")
+    return base
 
 
 @contextmanager
