@@ -53,7 +53,7 @@ from jettclip.data.counts import Tally
 from jettclip.data.features import StoreInfo, digest, store_path, write_store
 from jettclip.data.images import ImageReader
 from jettclip.data.streams import read_shard
-from jettclip.data.workers import keep_freed_memory
+from jettclip.data.workers import settle_in
 from jettclip.models.tokenizer import CachedTokenizer
 from jettclip.openclip import PreprocessCfg, SimpleTokenizer, image_transform_v2, keep_uint8
 from jettclip.settings import DataSettings
@@ -240,13 +240,13 @@ class Process:
 
     Args:
         work: what it may be asked to run, by name.
-        keeps_memory: set malloc's thresholds as our loader sets them in its workers.
+        settled: set up as our loader sets up its workers.
     """
 
-    def __init__(self, work: Mapping[str, Callable[[], object]], keeps_memory: bool) -> None:
+    def __init__(self, work: Mapping[str, Callable[[], object]], settled: bool) -> None:
         context = multiprocessing.get_context("fork")
         self.names, (self.pipe, theirs) = list(work), context.Pipe()
-        context.Process(target=self._serve, args=(theirs, work, keeps_memory), daemon=True).start()
+        context.Process(target=self._serve, args=(theirs, work, settled), daemon=True).start()
 
     def seconds(self, name: str) -> float:
         """Runs a piece of work; returns the CPU seconds that it took."""
@@ -254,10 +254,10 @@ class Process:
         return float(self.pipe.recv())
 
     @staticmethod
-    def _serve(pipe: Any, work: Mapping[str, Callable[[], object]], keeps_memory: bool) -> None:
+    def _serve(pipe: Any, work: Mapping[str, Callable[[], object]], settled: bool) -> None:
         torch.set_num_threads(1)
-        if keeps_memory:
-            keep_freed_memory()
+        if settled:
+            settle_in()
         while True:
             name = pipe.recv()
             start = time.process_time()
@@ -331,15 +331,15 @@ def main() -> int:
         }
         openclip, ours = OpenClip(urls, samples, BATCH, train), Ours(urls, BATCH, train)
         processes = [
-            Process(epoch_of(openclip), keeps_memory=False),
-            Process(epoch_of(ours), keeps_memory=True),
-            Process(stages_of([str(path) for path in paths], ours), keeps_memory=True),
+            Process(epoch_of(openclip), settled=False),
+            Process(epoch_of(ours), settled=True),
+            Process(stages_of([str(path) for path in paths], ours), settled=True),
         ]
         if not args.quick:
             pillow = Ours(urls, BATCH, train, "pillow")
-            processes.append(Process(epoch_of(pillow), keeps_memory=True))
-            helped = {f"{OpenClip.name}, with our malloc thresholds": epoch_of(openclip)[OpenClip.name]}
-            processes.append(Process(helped, keeps_memory=True))
+            processes.append(Process(epoch_of(pillow), settled=True))
+            helped = {f"{OpenClip.name}, in a process set up as our workers are": epoch_of(openclip)[OpenClip.name]}
+            processes.append(Process(helped, settled=True))
         rates = measure(processes, samples, repeats)
     report(rates, psnr, statistics.mean(map(len, images)))
     return 0

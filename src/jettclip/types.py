@@ -41,7 +41,9 @@ class TeacherTokens(NamedTuple):
 class Batch(NamedTuple):
     """One step's input, in the order in which ``get_wds_dataset`` yields it."""
 
-    image: Tensor  # uint8 (normalised by the model, on its device) or float, [b, 3, H, W]
+    # [b, 3, H, W]: uint8 with the channels of a pixel side by side in memory, as torch.channels_last, for the model to
+    # normalise on its device; or float
+    image: Tensor
     short_caption: Tensor | None  # token ids int64 [b, L], or float embeddings [b, D] for an adapter
     long_caption: Tensor | None  # the same
     teacher: TeacherFeatures | TeacherTokens | None  # the answers of teachers, or what to ask them, beside the image

@@ -50,11 +50,14 @@ def test_captions_are_cropped_for_the_teachers_that_ignore_padding(crop: tuple[b
     assert batch.long_caption.shape == (2, 6)
 
 
-def test_images_are_laid_out_by_channel_whatever_the_transform_left() -> None:
-    image = torch.zeros(4, 5, 3, dtype=torch.uint8).permute(2, 0, 1)  # as torchvision's PILToTensor leaves it
-    for other in (image, torch.ones(3, 4, 5, dtype=torch.uint8)):
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.uint8, torch.channels_last), (torch.float32, torch.contiguous_format)]
+)
+def test_images_are_laid_out_by_pixel_or_as_floats_by_channel(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    image = torch.zeros(4, 5, 3, dtype=dtype).permute(2, 0, 1)  # as torchvision's PILToTensor leaves it
+    for other in (image, torch.ones(3, 4, 5, dtype=dtype)):
         batch = collate([make(0, image), make(1, other)]).image
-        assert batch.is_contiguous()
+        assert batch.is_contiguous(memory_format=layout)
         assert torch.equal(batch, torch.stack([image.contiguous(), other.contiguous()]))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Iterator
@@ -65,3 +66,14 @@ def test_loader_processes_keep_freed_memory_unless_the_environment_says_otherwis
     (returned,) = run_workers(Allocations(), 1)
     assert kept > 50 * 2**20
     assert returned < 20 * 2**20
+
+
+class Frozen(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield gc.get_freeze_count()
+
+
+def test_loader_processes_need_not_collect_what_came_from_the_trainer() -> None:
+    (frozen,) = run_workers(Frozen(), 1)
+    assert frozen > len(gc.get_objects()) / 2
+    assert list(run_workers(Frozen(), 0)) == [gc.get_freeze_count()] == [0]

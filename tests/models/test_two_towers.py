@@ -29,6 +29,16 @@ def test_uint8_images_are_normalised_by_the_model() -> None:
     torch.testing.assert_close(model.encode_image(image), model.encode_image(normalised))
 
 
+def test_towers_get_images_by_channel_however_the_loader_left_them() -> None:
+    model, image = tiny_towers(), pixels()
+    seen: list[torch.Tensor] = []
+    model.visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.encode_image(image.contiguous(memory_format=layout))
+    assert all(one.is_contiguous() for one in seen)
+    assert torch.equal(*seen)
+
+
 def test_features_are_unit_rows_and_the_scale_is_exponentiated() -> None:
     model = tiny_towers()
     features = model(pixels(), IDS, IDS[:, :4])

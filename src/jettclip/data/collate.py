@@ -32,10 +32,20 @@ def collate(samples: list[Sample], crop_captions: bool = False, crop_teachers: S
     elif samples[0].teacher is not None:
         asked = ([getattr(sample.teacher, view) for sample in samples] for view in VIEWS)
         teacher = TeacherTokens(*(_stack_tokens(rows, crop_teachers) for rows in asked))
-    # straight into shared memory in a worker; by channel, since PILToTensor and our fast decoder leave the channels of
-    # a pixel side by side, on which CPU convolutions crawl
-    images = default_collate([sample.image for sample in samples]).contiguous()
+    images = _stack_images([sample.image for sample in samples])
     return Batch(images, short, long, teacher)
+
+
+def _stack_images(images: list[Tensor]) -> Tensor:
+    """Stacks images into [b, 3, h, w], straight into shared memory in a loader worker.
+
+    The decoders leave the channels of a uint8 pixel side by side. They stay so, since to turn them takes a loader as
+    long as all captions do, and the model's device no time at all.
+    """
+    if images[0].dtype == torch.uint8:
+        stacked: Tensor = default_collate([image.permute(1, 2, 0) for image in images])
+        return stacked.permute(0, 3, 1, 2)
+    return default_collate(images)
 
 
 def _stack(rows: list[Tensor | None], view: str, crop: bool) -> Tensor | None:

@@ -26,7 +26,7 @@ Pixels = Image.Image | Tensor
 """A decoded image: Pillow's, RGB, or uint8 [3, H, W] with the channels side by side in memory."""
 
 _METADATA, _START_OF_SCAN = 0xE1, 0xDA  # second bytes of JPEG markers
-_COLORS = ("Gray", "RGB", "YCbCr")
+_STARTS_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive; what else there is, Pillow decides on
 
 
 class ImageReader:
@@ -77,7 +77,7 @@ class ImageReader:
             generator = torch.default_generator if place is None else torch.Generator().manual_seed(seed_of(place))
             for step in self._steps:
                 image = step(image, generator)
-            return image.contiguous()  # now, while it is in the cache
+            return image
         if place is None:
             return self._transform(image)
         with seeded(place):
@@ -127,27 +127,30 @@ def image_size(image: Pixels) -> tuple[int, int]:
 def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
     """Returns the pixels uint8 [H, W, 3] of a plain JPEG; None for whatever Pillow had better decide on."""
     try:
-        if not _is_upright(data, max_pixels):
-            return None
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > max_pixels or colors not in _COLORS:
-            return None
-        return simplejpeg.decode_jpeg(data)
+        return simplejpeg.decode_jpeg(data) if _is_plain(data, max_pixels) else None
     except (ValueError, IndexError, Dropped):  # the least irregularity
         return None
 
 
-def _is_upright(data: bytes, max_pixels: int) -> bool:
-    """Tells whether a JPEG has nothing to say about its orientation; only if it has EXIF data or XMP, Pillow looks.
+def _is_plain(data: bytes, max_pixels: int) -> bool:
+    """Tells whether a JPEG is grey or of three colours, not too large, and has nothing to say about its orientation.
+
+    Whether it is upright, Pillow looks, and only if it has EXIF data or XMP.
 
     Raises:
         IndexError, Dropped: if it is no JPEG with segments that follow one another.
     """
-    place = 2
+    place, is_plain, has_metadata = 2, False, False
     while data[place] == 0xFF and (kind := data[place + 1]) != _START_OF_SCAN:
         if kind == _METADATA:
-            notes = Tally()
-            turn_of(open_image(data, max_pixels), notes)
-            return not notes.noted
+            has_metadata = True
+        elif kind in _STARTS_OF_FRAME:
+            height, width = data[place + 5] << 8 | data[place + 6], data[place + 7] << 8 | data[place + 8]
+            is_plain = height * width <= max_pixels and data[place + 9] in (1, 3)
         place += 2 + (data[place + 2] << 8 | data[place + 3])
-    return data[place] == 0xFF
+    if not is_plain or data[place] != 0xFF:
+        return False
+    notes = Tally()
+    if has_metadata:
+        turn_of(open_image(data, max_pixels), notes)
+    return not notes.noted

@@ -108,7 +108,8 @@ class TwoTowers(nn.Module):
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Embeds images, uint8 or already normalised float [b, 3, H, W], as [b, D]."""
         if image.dtype == torch.uint8:
-            image = (image.float() / 255 - self.mean) / self.std
+            # by channel, since loaders leave the channels of a pixel side by side, on which CPU convolutions crawl
+            image = (image.contiguous().float() / 255 - self.mean) / self.std
         features: Tensor = self.visual(image)
         return unit_rows(features) if normalize else features
 
