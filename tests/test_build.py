@@ -121,6 +121,50 @@ def test_shards_are_opened_later_and_must_be_named(tmp_path: Path) -> None:
         open_source(options.args, options.data, str(tmp_path), None)
 
 
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, 5), (2, 2)])
+def test_the_log_says_how_many_pairs_a_step_compares(
+    accumulated: int, steps: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--train-data", write_shards(tmp_path, [43]), "--model", "Nano-248", "--workers", "0", "--batch-size", "4"]
+    options = parse_args([*flags, "--accum-freq", str(accumulated)])
+    place = Place(torch.device("cpu"), rank=1, world_size=2)
+    with caplog.at_level(logging.INFO):
+        loader = build_train_loader(options, tiny_towers(), lambda _: torch.zeros(3, 2, 2), None, place)
+    assert loader is not None
+    assert loader.num_batches == steps * accumulated
+    expected = (
+        f"Training in {steps} steps an epoch, on a global batch of {8 * accumulated} pairs: 4 in a batch x 2 ranks x"
+    )
+    assert f"{expected} {accumulated} accumulated" in caplog.text
+
+
+def test_a_global_batch_of_one_pair_is_refused_where_pairs_are_compared(tmp_path: Path) -> None:
+    flags = ["--train-data", write_shards(tmp_path, [8]), "--model", "Nano-248", "--workers", "0", "--batch-size", "1"]
+
+    def build(*more: str, ranks: int = 1) -> None:
+        options, place = parse_args([*flags, *more]), Place(torch.device("cpu"), 0, ranks)
+        build_train_loader(options, tiny_towers(), lambda _: torch.zeros(3, 2, 2), None, place)
+
+    with pytest.raises(
+        ValueError, match=r"--batch-size 1 on 1 rank .* clip would .* larger --batch-size or --accum-freq"
+    ):
+        build()
+    build(ranks=2)
+    build("--accum-freq", "2")
+    build("--loss", "1*mse@long")
+
+
+def test_micro_batches_of_a_tower_with_batch_norm_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for accumulated, norms, warnings in ((1, 1, 0), (4, 0, 0), (4, 1, 1)):
+        caplog.clear()
+        towers = tiny_towers()
+        towers.visual = torch.nn.Sequential(*[torch.nn.BatchNorm2d(3)] * norms, *towers.visual)
+        flags = ["--accum-freq", str(accumulated), "--batch-size", "8", "--precision", "fp32"]
+        build_engine(parse(*flags), towers, create_loss(LossSettings("clip@long"), towers.embed_dim), PLACE)
+        assert caplog.text.count("--accum-freq 4: the 1 BatchNorm layers of Nano-248 normalise by") == warnings
+        assert caplog.text.count("not that of one batch of 32 rows") == warnings
+
+
 def test_captions_whose_end_cannot_be_told_are_not_truncated() -> None:
     options = parse_args(["--val-data", "x.tar", "--model", "Nano-248", "--val-truncate", "77"])
     model = tiny_towers()

@@ -15,12 +15,12 @@ LAYERS = (
     ("", "main"),
     ("build",),
     ("train", "evaluate", "extract", "export", "prepare"),
-    ("progress",),
-    ("checkpoint", "report", "figures", "profiling"),
+    ("progress", "accumulation"),
+    ("checkpoint", "report", "figures", "profiling", "detectors"),
     ("engine",),
     ("models", "data", "losses", "params"),
     ("rules",),
-    ("openclip", "settings", "seeding", "ranks", "interrupt", "files"),
+    ("openclip", "settings", "seeding", "ranks", "interrupt", "files", "identity"),
     ("types",),
 )
 OPENCLIP = {"open_clip", "open_clip_train"}

@@ -117,6 +117,39 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
+def test_a_run_with_micro_batches_takes_fewer_steps_and_goes_on_where_it_stopped(data: Path) -> None:
+    small = {"batch-size": 4, "accum-freq": 3, "workers": 1, "report-to": "tensorboard"}
+    assert main(flags(data, "whole", **small)) == 0
+    assert [line["step"] for line in metrics(data, "whole")] == [1, 2, 3, 4, 5, 6]  # 28 samples, 12 a step
+    assert [line["epoch"] for line in metrics(data, "whole")] == [0.5, 1, 1.5, 2, 2.5, 3]
+    assert [line["lr"] for line in metrics(data, "whole")][:3] == pytest.approx(
+        [5e-4, 1e-3, 1e-3]
+    )  # warm-up of 2 steps
+    log = (data / "logs/whole/out.log").read_text()
+    assert "2 steps an epoch, on a global batch of 12 pairs: 4 in a batch x 1 ranks x 3 accumulated" in log
+    assert log.count("BatchNorm layers of Tiny normalise by the statistics of one micro-batch, not of all 3") == 1
+    assert main(flags(data, "parts", **{**small, "epochs": 2, "lr-scheduler": "const"})) == 0
+    assert main([*flags(data, "parts", **{**small, "lr-scheduler": "const"}), "--resume", "latest"]) == 0
+    assert [line["step"] for line in metrics(data, "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_micro_batches_train_as_the_batch_that_they_are(data: Path) -> None:
+    tiny_vit = {**TINY, "vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32}}
+    (data / "configs" / "TinyViT.json").write_text(json.dumps(tiny_vit))
+    config._ours.cache_clear()
+    for name, sizes in (("one", {"batch-size": 12}), ("three", {"batch-size": 4, "accum-freq": 3})):
+        assert main(flags(data, name, model="TinyViT", **sizes)) == 0
+    for one, three in zip(metrics(data, "one"), metrics(data, "three"), strict=True):
+        assert three["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert three["logit_scale"] == pytest.approx(one["logit_scale"], rel=1e-5)
+        assert (three["step"], three["lr"], three["dropped"]) == (one["step"], one["lr"], one["dropped"])
+
+
+def test_one_pair_a_step_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(data, "a", **{"batch-size": 1})) == 1
+    assert "give a larger --batch-size or --accum-freq" in capsys.readouterr().err
+
+
 def test_a_run_that_is_done_does_nothing_more(data: Path) -> None:
     assert main(flags(data, "a", epochs=1)) == 0
     written = (data / "logs/a" / METRICS).read_text()

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from jettclip.data.counts import DataError
+from jettclip.detectors import Detectors
 from jettclip.progress import Progress, mean_over_ranks, total_over_ranks
 from jettclip.settings import DataSettings
-from jettclip.types import BatchInfo, LossReport
+from jettclip.types import BatchInfo, Features, LossReport
 from support import run_ranks
 
 
@@ -25,18 +26,29 @@ class Recorder:
 
 
 class Batches(list):  # type: ignore[type-arg]
-    """Takes the place of a loader."""
+    """Takes the place of a loader: each batch is the loss of its step, shared among the batches of one."""
+
+    def __init__(self, losses: list[float], info: BatchInfo) -> None:
+        super().__init__(losses)
+        self.last_info = info
 
     dataset = SimpleNamespace(settings=DataSettings(max_drop_rate=0.1))
 
 
-def follow(epoch: int, losses: list[float], every: int, dropped: int = 0) -> tuple[Progress, Recorder]:
-    recorder = Recorder()
-    progress = Progress(epoch, Batches(losses), recorder, every)  # type: ignore[arg-type]
-    for step, loss in progress.steps():
-        value = torch.tensor(float(loss))  # type: ignore[arg-type]
-        info = BatchInfo(["a", "b"], {"image is missing": dropped} if dropped else {}, {}, {"noted": 1})
-        progress.update(step, LossReport(value, {"clip@long": value}), info, torch.tensor([14.0]), 1e-3, None)
+def follow(
+    epoch: int, losses: list[float], every: int, dropped: int = 0, accumulated: int = 1, detectors: Any = None
+) -> tuple[Progress, Recorder]:
+    recorder, info = (
+        Recorder(),
+        BatchInfo(["a", "b"], {"image is missing": dropped} if dropped else {}, {}, {"noted": 1}),
+    )
+    loader, detectors = Batches(losses, info), detectors or Detectors(8)
+    progress = Progress(epoch, loader, recorder, detectors, every, accumulated)  # type: ignore[arg-type]
+    for step, micro_batches in progress.steps():
+        value = torch.tensor(float(sum(loss for loss, _ in micro_batches)))  # type: ignore[misc]
+        report = LossReport(value, {"clip@long": value})
+        features = Features(torch.eye(2), None, torch.eye(2), torch.tensor([14.0]))
+        progress.update(step, report, features, [info for _, info in micro_batches], 1e-3, None)
     return progress, recorder
 
 
@@ -52,6 +64,23 @@ def test_means_are_reported_every_few_steps_and_at_the_end() -> None:
     assert last["noted"] == {"noted": 5}  # of the whole epoch
     assert 0 <= last["data_wait"] <= 1
     assert last["samples_per_second"] > 0
+
+
+def test_a_step_takes_the_batches_that_it_accumulates_and_counts_them_all() -> None:
+    progress, recorder = follow(epoch=1, losses=[1, 2, 3, 4, 5, 6], every=2, dropped=1, accumulated=2)
+    assert [(step, values["loss"]) for _, step, values in recorder.lines] == [(5, (3 + 7) / 2), (6, 11.0)]
+    assert [values["epoch"] for _, _, values in recorder.lines] == [pytest.approx(1 + 2 / 3), 2.0]
+    assert (progress.kept, progress.dropped["image is missing"], progress.noted["noted"]) == (12, 6, 6)
+
+
+def test_trouble_is_reported_with_what_the_detectors_measure(caplog: pytest.LogCaptureFixture) -> None:
+    detectors = Detectors(8, scale_limits=(1.0, 14.0))
+    for epoch in range(4):
+        _, recorder = follow(epoch, [1.0] * 300, every=300, detectors=detectors)
+    values = recorder.lines[-1][2]
+    assert values["trouble"] == {"logit scale at its upper limit": 1}
+    assert values["spread@image"] == pytest.approx(0.5)
+    assert [record.levelname for record in caplog.records if "upper limit" in record.message] == ["WARNING"]
 
 
 def test_counts_of_the_epoch_are_reported_by_reason() -> None:

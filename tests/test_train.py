@@ -15,8 +15,8 @@ from jettclip.engine.optimizer import create_optimizer
 from jettclip.losses.factory import create_loss
 from jettclip.models.teacher import Ensemble, Teacher
 from jettclip.settings import LossSettings
-from jettclip.train import NonFiniteLoss, train_step
-from jettclip.types import Batch, BatchInfo, TeacherFeatures, TeacherInfo, TeacherTokens
+from jettclip.train import NonFiniteLoss, check_finite, train_step
+from jettclip.types import Batch, BatchInfo, LossReport, TeacherFeatures, TeacherInfo, TeacherTokens
 from support import run_ranks, tiny_towers
 
 
@@ -37,7 +37,7 @@ def info(rows: int = 8) -> BatchInfo:
 
 def test_steps_make_the_loss_smaller() -> None:
     engine, batch = make_engine("1*clip@long + 1*clip@short"), make_batch()
-    losses = [float(train_step(engine, engine.student.loss, batch, info())[0].total.detach()) for _ in range(20)]
+    losses = [float(train_step(engine, engine.student.loss, [(batch, info())])[0].total.detach()) for _ in range(20)]
     assert losses[-1] < losses[0] / 2
 
 
@@ -47,8 +47,74 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_names_terms_and_samp
         engine.student.towers.logit_scale.fill_(float("inf"))
     before = {name: value.clone() for name, value in engine.student.state_dict().items()}
     with pytest.raises(NonFiniteLoss, match=r"clip@long.*nothing was updated.*sample0, sample1"):
-        train_step(engine, engine.student.loss, make_batch(), info())
+        train_step(engine, engine.student.loss, [(make_batch(), info())])
     assert all(torch.equal(value, before[name]) for name, value in engine.student.state_dict().items())
+
+
+def test_a_step_on_micro_batches_is_the_step_on_all_their_rows() -> None:
+    batch = make_batch()
+    halves = [(Batch(batch.image[i : i + 4], batch[1][i : i + 4], batch[2][i : i + 4], None), info(4)) for i in (0, 4)]  # type: ignore[index]
+    trained = []
+    for micro_batches in ([(batch, info())], halves):
+        torch.manual_seed(0)
+        student = make_engine("1*clip@long + 1*clip@short").student
+        engine = DDPEngine(student, torch.optim.SGD(student.parameters(), lr=1.0), torch.device("cpu"), clip_norm=1e3)
+        report, features, norm = train_step(engine, student.loss, micro_batches)
+        assert features.image.shape == (8, 16)
+        assert norm is not None
+        trained.append((report.total.detach(), norm, student.state_dict()))
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-5, atol=1e-6)
+
+
+def test_one_batch_is_embedded_once_and_micro_batches_twice_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, batch, passes = make_engine(), make_batch(), []
+    forward = engine.student.towers.forward
+    monkeypatch.setattr(engine.student.towers, "forward", lambda *inputs: passes.append(1) or forward(*inputs))
+    train_step(engine, engine.student.loss, [(batch, info())])
+    assert len(passes) == 1
+    train_step(engine, engine.student.loss, [(batch, info())] * 3)
+    assert len(passes) == 1 + 1 + 2 * 2
+
+
+def test_only_terms_that_are_no_number_are_blamed() -> None:
+    terms = {"clip@long": torch.tensor(1.5), "kd@long": torch.tensor(torch.nan), "mse@long": torch.tensor(torch.inf)}
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan, by kd@long, mse@long of its terms .*'clip@long': 1\.5"):
+        check_finite(LossReport(torch.tensor(torch.nan), terms), ["a"])
+    check_finite(LossReport(torch.tensor(1.0), terms), ["a"])
+
+
+def test_a_loss_of_micro_batches_that_is_no_number_names_the_samples_of_all() -> None:
+    engine = make_engine()
+    with torch.no_grad():
+        engine.student.towers.logit_scale.fill_(float("inf"))
+    before = {name: value.clone() for name, value in engine.student.state_dict().items()}
+    others = BatchInfo([f"other{i}" for i in range(8)], {}, {}, {})
+    with pytest.raises(NonFiniteLoss, match=r"clip@long.*nothing was updated.*sample0, .*sample7, other0, .*other7\."):
+        train_step(engine, engine.student.loss, [(make_batch(), info()), (make_batch(), others)])
+    assert all(torch.equal(value, before[name]) for name, value in engine.student.state_dict().items())
+
+
+@pytest.mark.parametrize("term", ["siglip", "clip"])
+def test_a_loss_that_is_no_number_on_one_rank_stops_all_before_the_step(term: str) -> None:
+    def on_a_rank() -> tuple[str, bool]:
+        torch.manual_seed(0)
+        engine = make_engine(f"1*{term}@long")
+        batch = make_batch()
+        if dist.get_rank() == 1:
+            batch = batch._replace(image=torch.full((8, 3, 16, 16), torch.nan))
+        before = [value.clone() for value in engine.student.state_dict().values()]
+        try:
+            train_step(engine, engine.student.loss, [(batch, info())])
+        except NonFiniteLoss as error:
+            same = all(map(torch.equal, engine.student.state_dict().values(), before))
+            return str(error), same
+        return "", False
+
+    (first, first_same), (second, second_same) = run_ranks(2, on_a_rank)
+    assert first_same
+    assert second_same
+    assert "the loss is nan" in second
+    assert ("another rank" if term == "siglip" else "the loss is nan") in first
 
 
 BICUBIC = InterpolationMode.BICUBIC
@@ -80,15 +146,15 @@ def test_teachers_online_give_the_loss_of_their_stored_features() -> None:
     for one, with_teachers in ((batch, ensemble), (stored, None)):
         torch.manual_seed(0)
         engine = make_engine(FORMULA, ensemble.infos)
-        reports.append(train_step(engine, engine.student.loss, one, info(), with_teachers)[0])
+        reports.append(train_step(engine, engine.student.loss, [(one, info())], with_teachers)[0])
     assert torch.equal(reports[0].total, reports[1].total)
-    assert reports[0].terms.keys() == {"clip@long", "kd@long", "kd@short"}
+    assert reports[0].terms.keys() == {"clip@long", "kd@long", "kd@short", "floor@long"}
 
 
 def test_the_student_learns_the_mean_of_the_teachers_probabilities_each_at_its_own_scale() -> None:
     ensemble, batch = make_ensemble(), make_asked_batch()
     engine = make_engine("1*kd@long", ensemble.infos)
-    report, student, _ = train_step(engine, engine.student.loss, batch, info(), ensemble)
+    report, student, _ = train_step(engine, engine.student.loss, [(batch, info())], ensemble)
     assert isinstance(batch.teacher, TeacherTokens)
     expected = 0.0
     for direction in (slice(None), slice(None, None, -1)):  # image to text, text to image
@@ -116,7 +182,7 @@ def trained_by_teachers(rows: int) -> tuple[Tensor, dict[str, Tensor]]:
     assert isinstance(batch.teacher, TeacherTokens)
     asked = TeacherTokens(*([ids[mine] for ids in view] for view in batch.teacher))
     share = Batch(*(part[mine] for part in batch[:3]), asked)  # type: ignore[index]
-    report = train_step(engine, student.loss, share, info(rows), ensemble)[0]
+    report = train_step(engine, student.loss, [(share, info(rows))], ensemble)[0]
     return report.total.detach(), {name: value.clone() for name, value in student.state_dict().items()}
 
 

@@ -17,19 +17,21 @@ import torch
 from torch.optim import Optimizer
 
 from jettclip import openclip
+from jettclip.accumulation import batch_norms
 from jettclip.data import conversations, tables
 from jettclip.data.loader import Loader
 from jettclip.data.pipeline import get_wds_dataset
 from jettclip.data.row_source import open_rows
 from jettclip.data.sample import TeacherTokenizer, Tokenizer
 from jettclip.data.sources import Source
+from jettclip.detectors import Detectors
 from jettclip.engine.base import Student
 from jettclip.engine.ddp import DDPEngine
 from jettclip.engine.optimizer import create_optimizer
 from jettclip.evaluate.runner import Evaluator
 from jettclip.evaluate.zero_shot import imagenet_folder, zero_shot_metrics
-from jettclip.losses.factory import Loss, teacher_parts_of, views_of
-from jettclip.losses.formula import find_recipe
+from jettclip.losses.factory import Loss
+from jettclip.losses.formula import DISTANCES, find_recipe, parse_formula, teacher_parts_of, views_of
 from jettclip.models.factory import Transform, create_model, create_model_and_transforms, get_tokenizer
 from jettclip.models.teacher import Ensemble, Teacher
 from jettclip.models.two_towers import TwoTowers
@@ -103,7 +105,14 @@ def build_train_loader(
     args = options.args
     if not args.train_data:
         return None
-    formula = find_recipe(options.loss).formula
+    recipe = find_recipe(options.loss)
+    contrasts = sorted({summand.term for summand in parse_formula(recipe.formula)} - {*DISTANCES})
+    if contrasts and global_batch(args, place) == 1:
+        raise ValueError(
+            f"--batch-size {args.batch_size} on 1 rank leaves the loss {recipe.formula!r} one pair a step, and "
+            f"{', '.join(contrasts)} would learn nothing without others to tell it from; give a larger --batch-size or "
+            "--accum-freq"
+        )
     teacher_tokenizers = [
         TeacherTokenizer(get_tokenizer(teacher.name, cache_dir=args.cache_dir), teacher.model.ignores_padding)
         for teacher in (teachers.teachers if teachers else [])
@@ -120,8 +129,9 @@ def build_train_loader(
         build_tokenizer(args, model),
         is_train=True,
         batch_size=args.batch_size,
-        views=views_of(formula),
-        teacher_parts=teacher_parts_of(formula),
+        accumulated=args.accum_freq,
+        views=views_of(recipe),
+        teacher_parts=teacher_parts_of(recipe),
         teacher_tokenizers=teacher_tokenizers,
         adapter=adapter_of(args, model),
         crop_captions=model.ignores_padding,
@@ -134,9 +144,16 @@ def build_train_loader(
         seed=args.seed,
     )
     logging.info(
-        f"Training on {loader.num_batches} batches of {args.batch_size} on each of {place.world_size} ranks an epoch"
+        f"Training in {loader.num_batches // args.accum_freq} steps an epoch, on a global batch of "
+        f"{global_batch(args, place)} pairs: {args.batch_size} in a batch x {place.world_size} ranks x "
+        f"{args.accum_freq} accumulated"
     )
     return loader
+
+
+def global_batch(args: Namespace, place: Place) -> int:
+    """Returns how many pairs there are in a step, over all ranks and micro-batches."""
+    return int(args.batch_size * place.world_size * args.accum_freq)
 
 
 def open_source(args: Namespace, settings: DataSettings, path: str, num_samples: int | None) -> str | Source:
@@ -195,7 +212,7 @@ def build_evaluator(options: Options, model: TwoTowers, transform: Transform, pl
         truncate=options.evaluation.val_truncate,
     )
     if args.val_data:
-        views = set(views_of(find_recipe(options.loss).formula))
+        views = set(views_of(find_recipe(options.loss)))
         if not options.data.text_embeddings:  # which need not be there for a view that the loss does not read
             views.add("long")
             if options.data.short_caption_way != "none":  # else a sample without a short caption would be dropped
@@ -234,6 +251,14 @@ def build_engine(args: Namespace, model: TwoTowers, loss: Loss, place: Place) ->
         logging.warning(f"--precision {args.precision} is much slower than fp32 on most CPUs; try --precision fp32")
     if args.use_bn_sync and place.device.type == "cpu":
         raise ValueError("--use-bn-sync needs GPUs, torch has no synchronised BatchNorm for the CPU; leave it out")
+    norms = len(batch_norms(model))
+    if args.accum_freq > 1 and norms:
+        logging.warning(
+            f"--accum-freq {args.accum_freq}: the {norms} BatchNorm layers of {args.model} normalise by the statistics "
+            f"of one micro-batch, not of all {args.accum_freq}, so that the gradient is not that of one batch of "
+            f"{args.accum_freq * args.batch_size} rows; running statistics take in every micro-batch once. A larger "
+            "--batch-size with --grad-checkpointing comes nearer"
+        )
     student = Student(model, loss).to(place.device)
     optimizer = create_optimizer(
         student,
@@ -277,6 +302,13 @@ def build_schedule(args: Namespace, optimizer: Optimizer, epoch_steps: int) -> C
         power, end = args.lr_cooldown_power, args.lr_cooldown_end
         schedule = openclip.const_lr_cooldown(optimizer, args.lr, args.warmup, steps, cooldown, power, end)
     return schedule
+
+
+def build_detectors(args: Namespace, loss: Loss, place: Place) -> Detectors:
+    """Builds what notices training that gets nowhere."""
+    largest = loss.recipe.logit_scale_max
+    scale_limits = (1.0, largest) if largest else None  # as the engine holds it
+    return Detectors(global_batch(args, place), warmup=args.warmup, scale_limits=scale_limits)
 
 
 def build_reporter(options: Options, folder: Path | None, first_step: int | None, place: Place) -> Reporter:

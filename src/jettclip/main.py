@@ -15,6 +15,7 @@ import torch.distributed as dist
 from jettclip import openclip
 from jettclip.build import (
     Place,
+    build_detectors,
     build_engine,
     build_evaluator,
     build_model,
@@ -34,8 +35,8 @@ from jettclip.checkpoint import (
 from jettclip.engine.optimizer import optimizer_options
 from jettclip.evaluate.runner import Evaluator, Metrics
 from jettclip.interrupt import interruptible
-from jettclip.losses.factory import create_loss, teacher_parts_of
-from jettclip.losses.formula import find_recipe
+from jettclip.losses.factory import create_loss
+from jettclip.losses.formula import find_recipe, teacher_parts_of
 from jettclip.models.checkpoints import check_description, describe, load_weights
 from jettclip.models.config import get_model_config
 from jettclip.models.two_towers import TwoTowers
@@ -94,14 +95,16 @@ def run(options: Options, place: Place) -> None:
         return
 
     loss = create_loss(options.loss, model.embed_dim, teachers.infos if teachers else train_data.teachers)
-    logging.info(f"Loss: {loss.recipe}")
+    logging.info(f"Loss: {loss.description}")
     model.start_logit_scale(loss.recipe.logit_scale_init)
     engine, optimizer = build_engine(args, model, loss, place)
     done = load_checkpoint(resumed, engine) if resumed else Position(0, 0)
-    schedule = build_schedule(args, optimizer, train_data.num_batches)
-    taken = done.epoch * train_data.num_batches  # by the present length of an epoch
+    epoch_steps = train_data.num_batches // args.accum_freq
+    schedule = build_schedule(args, optimizer, epoch_steps)
+    taken = done.epoch * epoch_steps  # by the present length of an epoch
     if taken != done.step:
         logging.warning(f"Epochs are of another length than in {resumed}: its {done.step} steps count as {taken}")
+    detectors = build_detectors(args, loss, place)
     newest = done.epoch if args.delete_previous_checkpoint or args.save_most_recent else None
     with build_reporter(options, folder, taken, place) as reporter:
         for epoch in range(done.epoch, args.epochs):
@@ -110,13 +113,14 @@ def run(options: Options, place: Place) -> None:
                 loss,
                 train_data,
                 epoch,
-                device=place.device,
                 schedule=schedule,
                 reporter=reporter,
+                detectors=detectors,
                 report_every=args.log_every_n_steps,
                 teachers=teachers,
+                accumulated=args.accum_freq,
             )
-            done = Position(epoch + 1, (epoch + 1) * train_data.num_batches)
+            done = Position(epoch + 1, (epoch + 1) * epoch_steps)
             metrics = evaluator.run(model, done.epoch, args.epochs)
             if metrics:
                 reporter.log("val", done.step, metrics)
@@ -155,7 +159,7 @@ def find_mistakes(options: Options) -> list[str]:
         except ValueError as mistake:
             found.append(str(mistake))
     if not found and args.train_data:
-        parts = teacher_parts_of(find_recipe(options.loss).formula)
+        parts = teacher_parts_of(find_recipe(options.loss))
         teachers = {
             "--features": options.data.features,
             "--distill-model": args.distill_model,

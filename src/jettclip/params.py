@@ -86,6 +86,8 @@ def parse_args(argv: Sequence[str] | None = None, find_more: Callable[[Options],
 
 def _usual_loss(options: Options) -> str:
     """Returns the loss of the code whose flags are used, if ``--loss`` was not given."""
+    if options.args.siglip:
+        return "siglip"
     if options.args.distill_model:
         return "1*clip@long + 1*kd@long"  # OpenCLIP's DistillClipLoss
     if options.data.dataset_reinforcement_mix_synthetic:
@@ -101,6 +103,11 @@ def find_problems(options: Options) -> list[str]:
         (
             stretched and not args.pretrained,
             "--position-keep, -ratio and -tail say how a checkpoint's positions are stretched; add --pretrained",
+        ),
+        (
+            args.siglip and "siglip" not in options.loss.loss,
+            f"--siglip asks for the sigmoid loss, and --loss {options.loss.loss!r} has no such term; "
+            "leave one of them out, or add 1*siglip@long",
         ),
         *range_rules(args),
         *combination_rules(args, options.data),

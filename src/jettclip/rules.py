@@ -18,8 +18,6 @@ MOBILECLIP_FLAGS = {
     "dataset-reinforcement-config": "the augmentations stand with the samples, in paug.json; leave it out",
     "dataset-reinforcement-filter-image-size": "make shards without small images once: scripts/build_shards.py "
     "--min-side N",
-    "distill-loss-weights": "the weights stand in the formula: --loss '0.25*clip@long + 0.25*clip@short + 0.75*kd@long "
-    "+ 0.75*kd@short' --pca-components 0",
     "distill-average-after-softmax": "ensembles always average probabilities; leave it out",
     "distill-logit-bias": "teachers with a bias are not supported; leave it out",
 }
@@ -28,7 +26,7 @@ MOBILECLIP_FLAGS = {
 
 def range_rules(args: Namespace) -> Rules:
     """Returns the rules for single flags of OpenCLIP's, each with whether it is broken."""
-    least = {"batch_size": 1, "epochs": 1, "workers": 0, "warmup": 0, "log_every_n_steps": 1}
+    least = {"batch_size": 1, "epochs": 1, "workers": 0, "warmup": 0, "log_every_n_steps": 1, "accum_freq": 1}
     unknown = sorted(set(trackers(args)) - set(TRACKERS))
     return [
         *(
@@ -142,17 +140,15 @@ def unsupported_flags(args: Namespace) -> Rules:
         (args.trace, "--trace is not supported; use --torchcompile"),
         (args.use_bnb_linear, "--use-bnb-linear is not supported: it trains in int8; use --precision amp_bf16"),
         (args.copy_codebase, "--copy-codebase is not supported; the run folder keeps config.yaml and the versions"),
-        (args.siglip, "--siglip is not there yet; the loss is chosen with --loss"),
-        (args.loss_dist_impl, "--loss-dist-impl belongs to --siglip, which is not there yet; leave it out"),
+        (
+            args.loss_dist_impl and not args.siglip,  # with it, any: all of OpenCLIP's ways compute the same loss
+            f"--loss-dist-impl {args.loss_dist_impl} belongs to --siglip; add that, or leave it out",
+        ),
         (
             (args.coca_caption_loss_weight, args.coca_contrastive_loss_weight) != (2.0, 1.0),
             "--coca-caption-loss-weight and --coca-contrastive-loss-weight belong to CoCa, which is not supported",
         ),
         (args.imagenet_v2, "--imagenet-v2 is not there yet; use --imagenet-val"),
-        (
-            args.accum_freq != 1,
-            f"--accum-freq {args.accum_freq} is not there yet; use a larger --batch-size or more GPUs",
-        ),
         (args.remote_sync, "--remote-sync is not supported; copy the run folder with a tool of your own"),
         (
             args.precision not in PRECISIONS,

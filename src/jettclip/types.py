@@ -14,6 +14,7 @@ without an error (seen with torch 2.13).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,15 @@ class BatchInfo(NamedTuple):
     dropped: dict[str, int]  # samples lost, by reason
     damaged: dict[str, int]  # irregularities of shards, by kind; how many samples each cost may be unknown
     noted: dict[str, int]  # events that lose nothing, such as short captions made by a policy
+    images: Sequence[int] = ()  # for each key a signed 64-bit number, a function of the encoded image's bytes
+
+
+class Identity(NamedTuple):
+    """Who is who in a batch: rows with equal numbers show the same image, or have the same caption."""
+
+    image: Tensor  # int64 [b]
+    short: Tensor | None  # int64 [b]
+    long: Tensor | None  # int64 [b]
 
 
 class Features(NamedTuple):

@@ -15,6 +15,7 @@ from jettclip.data.counts import (
     check_drop_rate,
     describe,
 )
+from jettclip.types import BatchInfo
 
 
 def test_a_run_without_a_first_usable_sample_stops_naming_the_reasons() -> None:
@@ -65,11 +66,12 @@ def test_counts_travel_once() -> None:
     tally = Tally()
     tally.drop("image is missing", "sample 0")
     tally.note("short caption by first-sentence")
-    assert tally.since_last(["a"]) == (["a"], {"image is missing": 1}, {}, {"short caption by first-sentence": 1})
+    first = BatchInfo(["a"], {"image is missing": 1}, {}, {"short caption by first-sentence": 1}, [-7])
+    assert tally.since_last(["a"], [-7]) == first
     tally.damage("shard is cut short", "000000.tar")
     tally.drop("image is missing", "sample 1")
-    assert tally.since_last(["b"]) == (["b"], {"image is missing": 1}, {"shard is cut short": 1}, {})
-    assert tally.since_last([]) == ([], {}, {}, {})
+    assert tally.since_last(["b"]) == BatchInfo(["b"], {"image is missing": 1}, {"shard is cut short": 1}, {}, ())
+    assert tally.since_last([]) == BatchInfo([], {}, {}, {}, ())
 
 
 def test_a_reason_is_logged_once_with_an_example(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from jettclip.data.features import StoreInfo, digest, write_store
 from jettclip.data.manifest import member_digest, write_manifest
 from jettclip.data.pipeline import Loader, get_wds_dataset
 from jettclip.data.streams import read_shard
+from jettclip.identity import identity_of, number_of
 from jettclip.models.tokenizer import CachedTokenizer
 from jettclip.settings import DataSettings
 from jettclip.types import Batch, TeacherFeatures
@@ -83,6 +84,44 @@ def test_batches_are_tuples_of_image_captions_and_teacher(tmp_path: Path) -> Non
         assert torch.equal(short, torch.cat([tokenize(f"thing {row}") for row in rows]))  # type: ignore[arg-type]
         assert torch.equal(long, torch.cat([tokenize(caption(row)) for row in rows]))  # type: ignore[arg-type]
         assert teacher is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("is_train", [False, True])
+def test_the_numbers_of_images_travel_beside_their_keys(is_train: bool, workers: int, tmp_path: Path) -> None:
+    urls = write_shards(tmp_path, [5, 6])
+    write_shard(tmp_path / "000001.tar", [{**sample(number), "png": picture(number % 3)} for number in range(5, 11)])
+    loader = loader_of(urls, is_train=is_train, workers=workers)
+    read = 0
+    for _ in loader:
+        expected = [picture(int(key) % 3 if int(key) > 4 else int(key)) for key in loader.last_info.keys]
+        assert loader.last_info.images == [number_of(data) for data in expected]
+        read += len(loader.last_info.images)
+    assert read == (10 if is_train else 11)
+
+
+def test_an_image_that_is_drawn_twice_is_known_to_be_the_same(tmp_path: Path) -> None:
+    loader = loader_of(write_shards(tmp_path, [3]), batch_size=12, resampled=True, num_samples=12)
+    (batch,) = loader
+    found = identity_of(batch, loader.last_info)
+    keys = loader.last_info.keys
+    assert len(set(keys)) == 3
+    same = torch.tensor([[one == other for other in keys] for one in keys])
+    for numbers in found:
+        assert numbers is not None
+        assert torch.equal(numbers.unsqueeze(0) == numbers.unsqueeze(1), same)
+
+
+def test_counts_without_a_batch_join_the_one_before_with_all_its_images(tmp_path: Path) -> None:
+    """In evaluation, where the worker of the second shard has nothing usable to put into its batch."""
+    broken = [{**sample(number), "png": b"no picture"} for number in range(2, 4)]
+    urls = write_shards(tmp_path, [2, 2])
+    write_shard(tmp_path / "000001.tar", broken)
+    loader = loader_of(urls, is_train=False, workers=2, max_drop_rate=1.0)
+    (batch,) = loader
+    assert loader.last_info.dropped == {"image cannot be decoded": 2}
+    assert loader.last_info.images == [number_of(picture(number)) for number in range(2)]
+    assert identity_of(batch, loader.last_info).image.tolist() == loader.last_info.images
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])

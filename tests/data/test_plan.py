@@ -40,6 +40,30 @@ def epoch_of(shards: Sequence[Shard], epoch: int, batch_size: int, world_size: i
     ]
 
 
+@given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_an_epoch_has_whole_steps_and_leaves_the_rest_to_the_next(
+    samples: int, batch_size: int, world_size: int, workers: int, accumulated: int
+) -> None:
+    steps = samples // (batch_size * world_size * accumulated)
+    pieces = []
+    for epoch in range(3):
+        for rank in range(world_size):
+            division = Division(samples, batch_size, True, rank, world_size, workers, accumulated)
+            assert division.batches == steps * accumulated
+            assert sum(map(division.batches_of, range(workers))) == division.batches
+            pieces += [division.piece(epoch, worker) for worker in range(workers)]
+    assert [first for first, _ in pieces[1:]] == [stop for _, stop in pieces[:-1]]
+    assert (pieces[0][0], pieces[-1][1]) == (0, 3 * steps * accumulated * batch_size * world_size)
+
+
+def test_too_few_samples_for_a_step_are_refused_with_what_helps() -> None:
+    assert divide(24, None, 4, True, 0, 2, accumulated=3).batches == 3
+    with pytest.raises(
+        DataError, match=r"23 .* 2 ranks, which need 24 \(3 batches of 4 each\): .* or --accum-freq, or"
+    ):
+        divide(23, None, 4, True, 0, 2, accumulated=3)
+
+
 @settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 def test_epochs_follow_one_another_in_one_stream(

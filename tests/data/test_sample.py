@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jettclip.data.counts import DataError, Dropped, Tally
 from jettclip.data.sample import SampleReader, TeacherTokenizer
+from jettclip.identity import number_of
 from jettclip.settings import SampleSettings
 from jettclip.types import TeacherTokens
 from support import caption, picture, sample, write_shard
@@ -51,6 +52,12 @@ def test_an_ordinary_sample_is_decoded() -> None:
     assert torch.equal(made.image, torch.full((3, 2, 2), 16))
     assert (made.short, made.long) == (torch.tensor([5]), torch.tensor([10]))
     assert made.teacher is None
+
+
+def test_an_image_has_the_number_of_its_bytes_whatever_belongs_to_it() -> None:
+    first, second = (reader().read(ordinary(long_caption=text), 0, Tally()) for text in ("a dog", "a cat"))
+    assert first.image_number == second.image_number == number_of(picture(0))
+    assert reader().read(ordinary(png=picture(1)), 0, Tally()).image_number == number_of(picture(1))
 
 
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jettclip.engine.base import Student
 from jettclip.engine.ddp import DDPEngine
 from jettclip.engine.optimizer import create_optimizer
-from jettclip.losses.factory import create_loss, teacher_parts_of
+from jettclip.losses.factory import create_loss
 from jettclip.settings import LossSettings
 from jettclip.types import Features, TeacherFeatures, TeacherInfo
 from support import run_ranks, tiny_towers, unit_rows
@@ -26,7 +26,7 @@ EVERY_TERM = "0.8*clip@long + 0.4*clip@short + 1.5*kd@long + 0.5*kd@short + 0.7*
 def student_of(formula: str, dtype: torch.dtype = torch.float32) -> Student:
     torch.manual_seed(5)
     settings = LossSettings(formula, pca_components=3, pca_scope="global")
-    teachers = [TeacherInfo("teacher", TEACHER_WIDTH, 30.0)] if teacher_parts_of(formula) else []
+    teachers = [TeacherInfo("teacher", TEACHER_WIDTH, 30.0)]
     return Student(tiny_towers(width=WIDTH), create_loss(settings, WIDTH, teachers)).to(dtype)
 
 
@@ -177,6 +177,45 @@ def test_a_restored_engine_goes_on_identically(precision: str) -> None:
     assert parameters_of(other.student).keys() == parameters_of(engine.student).keys()
     torch.testing.assert_close(parameters_of(other.student), parameters_of(engine.student), rtol=0, atol=0)
     assert other.scaler.state_dict() == engine.scaler.state_dict()
+
+
+def gradients_without_exchange(static_graph: bool) -> list[float]:
+    engine = engine_of(static_graph=static_graph)
+    image, _, long, _ = batch_of()
+
+    def gradient() -> float:
+        return float(engine.student.towers.logit_scale.grad)  # type: ignore[arg-type]
+
+    def add(factor: float) -> float:
+        features = engine.model(image, None, long)
+        loss = sum(rows.sum() * 0 for rows in features[:3] if rows is not None)
+        engine.backward(loss + features.logit_scale.log().sum() * factor)
+        return gradient()
+
+    found = []
+    for _ in range(2):
+        engine.optimizer.zero_grad()
+        for _ in range(2):
+            with engine.no_sync():
+                found.append(add(dist.get_rank() + 1.0))
+        found.append(add(0.0))
+    return found
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_gradients_are_exchanged_by_the_pass_after_those_that_need_not(static_graph: bool) -> None:
+    # a static graph is learnt from the first pass, which is exchanged at once
+    first = [[1.5, 2.5, 3.0], [1.5, 3.5, 3.0]] if static_graph else [[1.0, 2.0, 3.0], [2.0, 4.0, 3.0]]
+    expected = [[*ours, *later] for ours, later in zip(first, [[1.0, 2.0, 3.0], [2.0, 4.0, 3.0]], strict=True)]
+    for found, wanted in zip(run_ranks(2, gradients_without_exchange, static_graph), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_alone_there_is_nothing_to_exchange() -> None:
+    engine = engine_of()
+    with engine.no_sync():
+        take_steps(engine, 1)
+    assert engine.device == CPU
 
 
 def test_the_promise_of_a_static_graph_reaches_torch() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,17 +7,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jettclip.losses.factory import Loss, create_loss, teacher_parts_of, views_of
-from jettclip.losses.formula import find_recipe, parse_formula
+import loss_formulas as formulas
+from jettclip.losses.factory import Loss, create_loss
+from jettclip.losses.formula import TEACHER_TERMS, find_recipe, parse_formula, teacher_parts_of, views_of
+from jettclip.losses.presets import Recipe
 from jettclip.settings import LossSettings
-from jettclip.types import Features, TeacherFeatures, TeacherInfo
+from jettclip.types import Features, Identity, TeacherFeatures, TeacherInfo
 from support import run_ranks, unit_rows
 
 ROWS, WIDTH, COMPONENTS = 24, 10, 4
 TEACHERS = [TeacherInfo("a", 6, 30.0), TeacherInfo("b", 9, 50.0)]
 DT = sum(teacher.width for teacher in TEACHERS)
-EVERY_TERM = "0.8*clip@long + 0.4*clip@short + 1.5*kd@long + 0.5*kd@short + 0.7*mse@long + 0.3*mse@short"
+USUAL_TERMS = "0.8*clip@long + 0.4*clip@short + 1.5*kd@long + 0.5*kd@short + 0.7*mse@long + 0.3*mse@short"
+OTHER_TERMS = (
+    "0.5*siglip@long + 0.2*siglip@short + 0.6*crd@long + 0.3*crd@short + 1.1*icl@long + 0.9*icl@short + 0.3*clip@short"
+    " + 0.6*fd@short + 0.7*fd@long + 0.2*cosine@long + 0.4*cosine@short + 30*gd@long + 20*gd@short"
+)
+OPTIONS: dict[str, Any] = {"clip_margin": 0.3, "multi_positive": True, "label_smoothing": 0.1}
 
 
 def batch_of(dtype: torch.dtype, rows: int = ROWS) -> tuple[Features, TeacherFeatures]:
@@ -31,147 +38,192 @@ def batch_of(dtype: torch.dtype, rows: int = ROWS) -> tuple[Features, TeacherFea
     return Features(*leaves), TeacherFeatures(*taught)
 
 
+def identity_of(rows: int = ROWS) -> Identity:
+    """Returns rows of which some share the image, and some a caption."""
+    numbers = torch.arange(rows)
+    return Identity(numbers % (rows - 2), numbers // 2 * 2**40, numbers % (rows - 5) - 2**60)
+
+
 def loss_of(formula: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Loss:
     torch.manual_seed(4)
-    teachers = TEACHERS if teacher_parts_of(find_recipe(LossSettings(loss=formula)).formula) else []
-    return create_loss(LossSettings(formula, **{"pca_components": COMPONENTS, **settings}), WIDTH, teachers).to(dtype)
+    asked = LossSettings(formula, **{"pca_components": COMPONENTS, **settings})
+    return create_loss(asked, WIDTH, TEACHERS if teacher_parts_of(find_recipe(asked)) else []).to(dtype)
 
 
-def rows_of(features: Features, teacher: TeacherFeatures, mine: slice) -> tuple[Features, TeacherFeatures]:
+def rows_of(
+    mine: slice, features: Features, teacher: TeacherFeatures, identity: Identity | None = None
+) -> tuple[Features, TeacherFeatures, Identity | None]:
     *parts, scale = features
-    return Features(*(part[mine] for part in parts), scale), TeacherFeatures(*(part[mine] for part in teacher))
+    return (
+        Features(*(part[mine] for part in parts), scale),
+        TeacherFeatures(*(part[mine] for part in teacher)),
+        Identity(*(part[mine] for part in identity)) if identity else None,
+    )
 
 
-def coarse(image: Tensor, components: int, chunks: int) -> Tensor:
-    rebuilt = []
-    for part in image.chunk(chunks):
-        mean = part.mean(dim=0)
-        directions = torch.linalg.svd(part - mean, full_matrices=False).Vh[:components]
-        rebuilt.append((part - mean) @ directions.T @ directions + mean)
-    return torch.cat(rebuilt)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    return logits - logits.exp().sum(dim=1, keepdim=True).log()
-
-
-def dense(loss: Loss, features: Features, teacher: TeacherFeatures, *, components: int, chunks: int) -> Tensor:
+class Dense:
     """The whole loss in the most obvious way, one process, principal components of `chunks` parts of the batch."""
-    total = torch.zeros((), dtype=features.image.dtype)
-    parameters = dict(loss.named_parameters())
-    split = [part.split([one.width for one in TEACHERS], dim=1) for part in teacher]
-    teachers = [TeacherFeatures(*(part[index] for part in split)) for index in range(len(TEACHERS))]
-    rows = len(features.image)
-    for weight, term, view in parse_formula(loss.recipe.formula):
-        x, y = features.image, getattr(features, view)
-        u, w = [one.image for one in teachers], [getattr(one, view) for one in teachers]
-        if view == "short":
-            x, u = coarse(x, components, chunks), [coarse(one, components, chunks) for one in u]
-        scales = [loss.recipe.teacher_scale or one.logit_scale for one in TEACHERS]
-        logits = features.logit_scale * x @ y.T
-        taught = [scale * a @ b.T for scale, a, b in zip(scales, u, w, strict=True)]
-        value = torch.zeros_like(total)
-        if term == "mse":
-            for index, (a, b) in enumerate(zip(u, w, strict=True)):
-                for modality, mine, theirs in (("image", x, a), ("text", y, b)):
-                    mapped = mine @ parameters[f"terms.mse.{modality}_projections.{index}.weight"].T
-                    difference = mapped / mapped.norm(dim=1, keepdim=True) - theirs / theirs.norm(dim=1, keepdim=True)
-                    value = value + difference.square().sum() / rows / 4
-        for direction in range(0 if term == "mse" else 2):
-            log_student = log_softmax(logits.T if direction else logits)
+
+    def __init__(self, loss: Loss, features: Features, teacher: TeacherFeatures, chunks: int = 1) -> None:
+        self.recipe, self.parameters = loss.recipe, dict(loss.named_parameters())
+        self.features, self.chunks = features, chunks
+        split = [part.split([one.width for one in TEACHERS], dim=1) for part in teacher]
+        self.teachers = [[part[index] for part in split] for index in range(len(TEACHERS))]
+        scales = self.recipe.teacher_scale or tuple(one.logit_scale for one in TEACHERS)
+        self.scales = scales * 2 if len(scales) == 1 else scales
+
+    def total(self, identity: Identity | None, margin: float) -> Tensor:
+        total = torch.zeros((), dtype=self.features.image.dtype)
+        for weight, term, view in parse_formula(self.recipe.formula):
+            belongs, captions = None, getattr(self.features, self.caption(view))
+            if identity is not None:
+                numbers = identity.image, getattr(identity, self.caption(view))
+                belongs = torch.stack([one.unsqueeze(1) == one for one in numbers]).any(dim=0)
+            x, y = self.seen(self.features[:3], view)
+            scale, smoothing = self.features.logit_scale, self.recipe.label_smoothing
             if term == "clip":
-                smoothing = loss.recipe.label_smoothing
-                target = torch.eye(rows).to(total) * (1 - smoothing) + smoothing / rows
-                value = value - (target * log_student).sum() / rows / 2
+                value = formulas.clip(x, y, scale, smoothing, belongs=belongs, margin=margin, captions=captions)
+            elif term == "siglip":
+                value = formulas.siglip(x, y, scale, self.parameters["terms.siglip.bias"], belongs)
             else:
-                target = sum(log_softmax(one.T if direction else one).exp() for one in taught) / len(taught)
-                value = value + (target * (target.log() - log_student)).sum() / rows / 2
-        total = total + weight * value
-    return total
+                value = self.distilled(term, x, y, view)
+            total = total + weight * value
+        return total
+
+    def distilled(self, term: str, x: Tensor, y: Tensor, view: str) -> Tensor:
+        pairs = [self.seen(parts, view) for parts in self.teachers]
+        taught = [(*pair, scale) for pair, scale in zip(pairs, self.scales, strict=True)]
+        if term in ("kd", "crd"):
+            return getattr(formulas, term)(x, y, self.features.logit_scale, taught)
+        mapped = [
+            tuple(
+                formulas.unit(rows @ self.parameters[f"terms.{term}.{modality}_projections.{index}.weight"].T)
+                for modality, rows in (("image", x), ("text", y))
+            )
+            for index in range(len(TEACHERS))
+        ]
+        if term == "icl":
+            return formulas.icl(mapped, self.parameters["terms.icl.logit_scale"].exp(), taught)
+        if term == "gd":
+            return formulas.gd(mapped, self.features.logit_scale, taught)
+        squares = formulas.squared(mapped, taught)
+        means = torch.stack([one.mean() if term == "fd" else one.sum(dim=1).mean() for one in squares])
+        return means.mean() * {"mse": 1, "fd": 2, "cosine": 0.5}[term]
+
+    def caption(self, view: str) -> str:
+        return "long" if self.recipe.pca_side == "text" else view
+
+    def seen(self, parts: Sequence[Tensor], view: str) -> tuple[Tensor, Tensor]:
+        image, short, long = parts
+        text = {"short": short, "long": long}[self.caption(view)]
+        if view == "long" or not self.recipe.has_pca:
+            return image, text
+        is_text = self.recipe.pca_side == "text"
+        rows = text if is_text else image
+        coarse = formulas.coarse(rows, self.recipe.pca_components, self.chunks, self.recipe.pca_variance)
+        return (image, coarse) if is_text else (coarse, text)
+
+
+def dense(
+    loss: Loss,
+    features: Features,
+    teacher: TeacherFeatures,
+    identity: Identity | None = None,
+    *,
+    chunks: int = 1,
+    margin: float = 0.0,
+) -> Tensor:
+    return Dense(loss, features, teacher, chunks).total(identity, margin)
 
 
 def gradients(total: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(total, inputs))
 
 
-@pytest.mark.parametrize("formula", ["openclip", "longclip", "jettclip", "mse@long + mse@short", EVERY_TERM])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
-def test_value_and_gradient_are_the_dense_formulas(formula: str, dtype: torch.dtype, tolerance: float) -> None:
-    loss = loss_of(formula, dtype)
+CASES: list[tuple[str, dict[str, Any]]] = [
+    (USUAL_TERMS, {}),
+    (USUAL_TERMS, {"loss_tile": "off"}),
+    (USUAL_TERMS, {"loss_tile": "7", "pca_variance": 0.7, "pca_components": None}),
+    (USUAL_TERMS, OPTIONS),
+    (USUAL_TERMS, {**OPTIONS, "pca_side": "text", "loss_tile": "7"}),
+    (USUAL_TERMS, {**OPTIONS, "pca_side": "text", "loss_tile": "off"}),
+    (OTHER_TERMS, {"label_smoothing": 0.2}),
+    (OTHER_TERMS, {"loss_tile": "off", "teacher_scale": (40.0, 20.0)}),
+    (OTHER_TERMS, {**OPTIONS, "loss_tile": "7", "teacher_scale": (40.0,)}),
+    (OTHER_TERMS, {**OPTIONS, "pca_side": "text", "loss_tile": "7"}),
+    (OTHER_TERMS, {"pca_side": "text", "pca_components": 0}),
+]
+
+
+def inputs_of(loss: Loss, features: Features) -> list[Tensor]:
+    return [*(getattr(features, name) for name in ("image", *loss.views, "logit_scale")), *loss.parameters()]
+
+
+@pytest.mark.parametrize(("formula", "settings"), CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_value_and_gradient_are_the_dense_formulas(
+    formula: str, settings: dict[str, Any], dtype: torch.dtype, tolerance: float
+) -> None:
+    identity = identity_of() if "multi_positive" in settings else None
+    loss, exact = (loss_of(formula, one, **settings) for one in (dtype, torch.float64))
     features, teacher = batch_of(dtype)
-    used = [getattr(features, name) for name in ("image", *loss.views, "logit_scale")]
-    inputs = [*used, *loss.parameters()]
-    report = loss(features, teacher)
-    exact = loss_of(formula)
+    report = loss(features, teacher, identity)
     exact_features, exact_teacher = batch_of(torch.float64)
-    expected = dense(exact, exact_features, exact_teacher, components=COMPONENTS, chunks=1)
-    expected = expected + 0 * exact_features.logit_scale.sum()
+    expected = dense(exact, exact_features, exact_teacher, identity, margin=settings.get("clip_margin", 0))
     assert report.total.dtype == dtype
     torch.testing.assert_close(report.total.double(), expected, rtol=tolerance, atol=tolerance)
-    exact_inputs = [*(getattr(exact_features, name) for name in ("image", *loss.views, "logit_scale"))]
-    for ours, theirs in zip(
-        gradients(report.total, inputs), gradients(expected, [*exact_inputs, *exact.parameters()]), strict=True
-    ):
+    found = gradients(report.total, inputs_of(loss, features))
+    for ours, theirs in zip(found, gradients(expected, inputs_of(exact, exact_features)), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
-def reinforced(features: Features, teacher: TeacherFeatures, weight: float) -> tuple[Tensor, Tensor]:
-    """MobileCLIP's loss of its equations 2 to 4 (arXiv 2311.17049), lambda = 1 - weight, and its code's.
-
-    Returns:
-        as the paper has it, with the mean of the teachers' divergences; and as the code has it, with the divergence
-        from the mean of their probabilities, whose gradient is the same.
-    """
-    ends = [0, *torch.tensor([one.width for one in TEACHERS]).cumsum(0).tolist()]
-    papers = codes = torch.zeros((), dtype=torch.float64)
-    for view in ("long", "short"):  # real captions, and synthetic ones
-        for image, text in (("image", view), (view, "image")):
-            logits = features.logit_scale * getattr(features, image) @ getattr(features, text).T
-            student = (logits.exp() / logits.exp().sum(dim=1, keepdim=True)).log()
-            probabilities = []
-            for k, one in enumerate(TEACHERS):
-                columns = slice(ends[k], ends[k + 1])
-                exponents = one.logit_scale * getattr(teacher, image)[:, columns] @ getattr(teacher, text)[:, columns].T
-                probabilities.append(exponents.exp() / exponents.exp().sum(dim=1, keepdim=True))
-                divergence = (probabilities[k] * (probabilities[k].log() - student)).sum() / ROWS
-                papers = papers + (1 - weight) * divergence / len(TEACHERS) / 2
-            mean = torch.stack(probabilities).mean(dim=0)
-            contrast = -student.diagonal().mean() / 2
-            papers = papers + weight * contrast
-            codes = codes + weight * contrast + (1 - weight) * (mean * (mean.log() - student)).sum() / ROWS / 2
-    return papers, codes
+@pytest.mark.parametrize("formula", [USUAL_TERMS, OTHER_TERMS])
+@pytest.mark.parametrize("options", [{}, OPTIONS, {**OPTIONS, "pca_side": "text"}, {"pca_detach": True}])
+def test_tiles_change_nothing(formula: str, options: dict[str, Any]) -> None:
+    results = []
+    for tile in ("off", "1", "7", "auto"):
+        loss = loss_of(formula, loss_tile=tile, **options)
+        features, teacher = batch_of(torch.float64)
+        total = loss(features, teacher, identity_of()).total
+        results.append([total.detach(), *gradients(total, inputs_of(loss, features))])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("formula", "settings", "weight"),
+    ("settings", "width"),
     [
-        ("mobileclip-dr", {"pca_components": None}, 0.0),
-        ("0.25*clip@long + 0.25*clip@short + 0.75*kd@long + 0.75*kd@short", {"pca_components": 0}, 0.25),
+        ({}, COMPONENTS + 1),
+        ({"pca_side": "text"}, COMPONENTS + 1),
+        ({"pca_components": 0}, WIDTH),
+        ({"loss_tile": "off"}, WIDTH),
     ],
 )
-def test_mobileclips_loss_is_summed_over_real_and_synthetic_captions(
-    formula: str, settings: dict[str, Any], weight: float
-) -> None:
-    features, teacher = batch_of(torch.float64)
-    total = loss_of(formula, **settings)(features, teacher).total
-    papers, codes = reinforced(features, teacher, weight)
-    torch.testing.assert_close(total, codes, rtol=1e-11, atol=1e-11)
-    assert not torch.isclose(total, papers)  # by the teachers' entropies, which are constant
-    for ours, theirs in zip(gradients(total, features), gradients(papers, features), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+def test_the_short_views_similarities_are_of_low_rank_in_tiles(settings: dict[str, Any], width: int) -> None:
+    features, _ = batch_of(torch.float64)
+    loss = loss_of("clip@long + clip@short", **settings)
+    parts = {name: getattr(features, name) for name in ("image", *loss.views)}
+    found = loss.match(parts, features.logit_scale)
+    assert [found[view].block.rows.shape for view in ("long", "short")] == [(ROWS, WIDTH), (ROWS, width)]
+    assert found["short"].block.columns.shape == (ROWS, width)
 
 
-def test_the_presets_principal_components_are_kept_unless_settings_say_otherwise() -> None:
+def test_detached_components_keep_the_value_and_change_the_gradient() -> None:
     features, teacher = batch_of(torch.float64)
-    assert loss_of("mobileclip-dr", pca_components=None).pca_components == 0
-    assert loss_of("longclip", pca_components=None).pca_components == 32
-    changed = loss_of("mobileclip-dr", pca_components=COMPONENTS)
-    assert torch.equal(changed(features, teacher).total, loss_of("kd@long + kd@short")(features, teacher).total)
+    totals = [loss_of("clip@short", pca_detach=detach)(features, teacher).total for detach in (False, True)]
+    assert torch.equal(*totals)
+    whole, detached = (gradients(total, [features.image])[0] for total in totals)
+    mean = features.image.mean(dim=0)
+    basis = torch.linalg.svd(features.image - mean, full_matrices=False).Vh[:COMPONENTS].detach()
+    rebuilt = (features.image - mean) @ basis.T @ basis + mean
+    expected = formulas.clip(rebuilt, features.short, features.logit_scale)
+    torch.testing.assert_close(detached, gradients(expected, [features.image])[0], rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(whole, detached)
 
 
 def test_terms_are_reported_unweighted_and_sum_up_to_the_total() -> None:
     features, teacher = batch_of(torch.float64)
-    loss = loss_of(EVERY_TERM)
+    loss = loss_of(USUAL_TERMS)
     report = loss(features, teacher)
     assert list(report.terms) == [f"{one.term}@{one.view}" for one in loss.summands]
     assert not any(value.requires_grad for value in report.terms.values())
@@ -184,7 +236,7 @@ def test_half_precision_features_are_computed_in_float32_whatever_autocast_says(
     halves = Features(*(part.detach().bfloat16() for part in features[:3]), features.logit_scale)
     stored = TeacherFeatures(*(part.bfloat16() for part in teacher))
     raised = TeacherFeatures(*(part.float() for part in stored))
-    loss = loss_of(EVERY_TERM, torch.float32)
+    loss = loss_of(USUAL_TERMS, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         report = loss(halves, stored)
     expected = loss(Features(*(part.float() for part in halves[:3]), features.logit_scale), raised)
@@ -192,9 +244,48 @@ def test_half_precision_features_are_computed_in_float32_whatever_autocast_says(
     assert torch.equal(report.total, expected.total)
 
 
+@pytest.mark.parametrize(
+    "formula", ["jettclip", "1*siglip@long + 1*siglip@short", "clip-kd", "clip@short", "himo-clip"]
+)
+def test_the_loss_of_bfloat16_features_is_that_of_float32(formula: str) -> None:
+    features, teacher = batch_of(torch.float32)
+    loss = loss_of(formula, torch.float32)
+    expected = loss(features, teacher).total
+    halves = Features(*(part.detach().bfloat16() for part in features[:3]), features.logit_scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = loss(halves, TeacherFeatures(*(part.bfloat16() for part in teacher))).total
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, expected, rtol=1e-2, atol=0)
+
+
+def logged_dtypes(loss: Loss, features: Features, teacher: TeacherFeatures) -> set[torch.dtype]:
+    """Returns the types of every matrix product, decomposition and exponential of a loss and its gradient."""
+    seen = set()
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if any(name in str(func) for name in ("mm", "eigh", "exp.", "exp_.", "softmax")):
+                seen.add((result[0] if isinstance(result, tuple | list) else result).dtype)
+            return result
+
+    with Listening():
+        with torch.autocast("cpu", torch.bfloat16):
+            total = loss(features, teacher).total
+        total.backward()
+    return seen
+
+
+@pytest.mark.parametrize("tile", ["auto", "off"])
+def test_similarities_and_components_of_bfloat16_features_are_in_float32(tile: str) -> None:
+    features, teacher = batch_of(torch.float32)
+    halves = Features(*(part.detach().bfloat16().requires_grad_() for part in features[:3]), features.logit_scale)
+    assert logged_dtypes(loss_of(USUAL_TERMS, torch.float32, loss_tile=tile), halves, teacher) == {torch.float32}
+
+
 def test_teachers_rows_are_scaled_to_unit_length_and_get_no_gradient() -> None:
     features, teacher = batch_of(torch.float64)
-    loss = loss_of(EVERY_TERM)
+    loss = loss_of(USUAL_TERMS)
     longer = TeacherFeatures(*(3 * part.requires_grad_() for part in teacher))
     report = loss(features, longer)
     torch.testing.assert_close(report.total, loss(features, teacher).total)
@@ -218,60 +309,22 @@ def test_zero_components_leave_the_short_views_image_whole() -> None:
     assert loss_of("clip@short")(features).total != loss_of("clip@short", pca_components=0)(features).total
 
 
-@pytest.mark.parametrize(("rows", "components"), [(5, 4), (ROWS, WIDTH)])
-def test_too_small_a_batch_is_reported_once(rows: int, components: int, caplog: pytest.LogCaptureFixture) -> None:
-    features, teacher = batch_of(torch.float32, rows)
-    loss = loss_of("clip@short + kd@short", torch.float32, pca_components=components)
-    with caplog.at_level(logging.WARNING):
-        values = [loss(features, teacher).total for _ in range(2)]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert f"--pca-components {components} keeps everything of {rows} image features" in caplog.text
-    assert "--batch-size" in caplog.text
-    expected = loss_of("clip@short + kd@short", torch.float32, pca_components=0)(features, teacher).total
-    torch.testing.assert_close(values, [expected, expected])
+def test_a_recipe_names_its_captions_and_what_it_needs_of_the_teachers() -> None:
+    assert views_of(Recipe("kd@long + clip@short")) == ("short", "long")
+    assert views_of(Recipe("clip@long")) == ("long",)
+    assert views_of(Recipe("clip@short", pca_side="text")) == ("long",)
+    assert teacher_parts_of(Recipe("clip@long + clip@short")) == ()
+    assert teacher_parts_of(Recipe("clip@short + mse@long")) == ("image", "long")
+    assert teacher_parts_of(Recipe("kd@long + kd@short")) == ("image", "short", "long")
+    assert teacher_parts_of(Recipe("kd@long + kd@short", pca_side="text")) == ("image", "long")
+    assert {term for term in TEACHER_TERMS if not teacher_parts_of(Recipe(f"{term}@long"))} == set()
 
 
-def test_a_large_enough_batch_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
-    loss_of("clip@short + kd@short", torch.float32)(*batch_of(torch.float32, COMPONENTS + 2))
-    assert caplog.records == []
-
-
-def repeated(features: Features, distinct: int) -> Features:
-    return features._replace(image=features.image[torch.arange(len(features.image)) % distinct])
-
-
-@pytest.mark.parametrize(("distinct", "warned"), [(COMPONENTS + 1, True), (COMPONENTS + 2, False)])
-def test_a_batch_of_duplicates_is_reported_whenever_it_comes(
-    distinct: int, warned: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    loss = loss_of("clip@short", torch.float32)
-    features, _ = batch_of(torch.float32)
-    loss(features)
-    assert caplog.records == []
-    for _ in range(2):
-        loss(repeated(features, distinct))
-    assert len(caplog.records) == warned
-    assert (f"whose rank is {COMPONENTS}, so the short view sees whole image features" in caplog.text) == warned
-
-
-def warnings_on_a_rank(caplog: pytest.LogCaptureFixture) -> list[str]:
-    loss_of("clip@short")(repeated(batch_of(torch.float64)[0], 2))
-    return caplog.messages
-
-
-def test_only_the_first_rank_reports(caplog: pytest.LogCaptureFixture) -> None:
-    first, *others = run_ranks(2, warnings_on_a_rank, caplog)
-    assert len(first) == 1
-    assert "--pca-scope global" in first[0]
-    assert others == [[]]
-
-
-def test_a_formula_names_its_views_and_what_it_needs_of_the_teachers() -> None:
-    assert views_of("kd@long + clip@short") == ("short", "long")
-    assert views_of("clip@long") == ("long",)
-    assert teacher_parts_of("clip@long + clip@short") == ()
-    assert teacher_parts_of("clip@short + mse@long") == ("image", "long")
-    assert teacher_parts_of("kd@long + kd@short") == ("image", "short", "long")
+def test_components_of_texts_need_no_short_caption() -> None:
+    features, teacher = batch_of(torch.float64)
+    loss = loss_of(USUAL_TERMS, pca_side="text")
+    lean = features._replace(short=None), teacher._replace(short=None)
+    assert torch.equal(loss(*lean).total, loss(features, teacher).total)
 
 
 def test_what_a_formula_does_not_name_may_be_missing() -> None:
@@ -294,50 +347,59 @@ def test_what_a_formula_names_must_not_be_missing() -> None:
         loss_of("clip@short")(features._replace(short=None))
 
 
-def on_a_rank(formula: str, dtype: torch.dtype, scope: str) -> dict[str, Any]:
-    loss = loss_of(formula, dtype, pca_scope=scope)
+def on_a_rank(formula: str, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:
+    loss = loss_of(formula, dtype, **settings)
     size = ROWS // dist.get_world_size()
     mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
-    features, teacher = rows_of(*batch_of(dtype), mine)
+    features, teacher, identity = rows_of(mine, *batch_of(dtype), identity_of())
     features = Features(*(part.detach().requires_grad_() for part in features))
-    total = loss(features, teacher).total
-    inputs = [*(getattr(features, name) for name in ("image", *loss.views)), features.logit_scale, *loss.parameters()]
-    return {"total": total.detach(), "gradients": gradients(total, inputs)}
+    total = loss(features, teacher, identity if loss.needs_identity else None).total
+    return {"total": total.detach(), "gradients": gradients(total, inputs_of(loss, features))}
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+RANK_CASES: list[tuple[str, dict[str, Any]]] = [
+    (USUAL_TERMS, {}),
+    (USUAL_TERMS, {"pca_scope": "global", **OPTIONS}),
+    (USUAL_TERMS, {"loss_tile": "off", **OPTIONS}),
+    (OTHER_TERMS, {"loss_tile": "3", **OPTIONS}),
+    (OTHER_TERMS, {"pca_scope": "global"}),
+    (OTHER_TERMS, {"pca_scope": "global", "pca_side": "text", "loss_tile": "3", **OPTIONS}),
+    (USUAL_TERMS, {"pca_side": "text", "pca_variance": 0.6, "pca_components": None, **OPTIONS}),
+    ("jettclip", {"pca_scope": "global"}),
+    ("jettclip", {}),
+    ("mobileclip-dr", {"pca_components": None, "distill_loss_weights": (0.25, 0.75)}),
+    ("clip-kd", {}),
+    ("siglip", {}),
+]
+
+
+@pytest.mark.parametrize(("formula", "settings"), RANK_CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_average_to_the_single_process(world_size: int, dtype: torch.dtype, tolerance: float, scope: str) -> None:
-    results = run_ranks(world_size, on_a_rank, EVERY_TERM, dtype, scope)
-    loss = loss_of(EVERY_TERM)
+def test_ranks_average_to_the_single_process(
+    world_size: int, dtype: torch.dtype, formula: str, settings: dict[str, Any]
+) -> None:
+    # fd@long weighs 2000 in clip-kd
+    tolerance = {torch.float64: 1e-9, torch.float32: 3e-4 if formula == "clip-kd" else 2e-5}[dtype]
+    results = run_ranks(world_size, on_a_rank, formula, dtype, settings)
+    loss = loss_of(formula, **settings)
     features, teacher = batch_of(torch.float64)
-    chunks = world_size if scope == "local" else 1
-    expected = dense(loss, features, teacher, components=COMPONENTS, chunks=chunks)
+    chunks = world_size if settings.get("pca_scope", "local") == "local" else 1
+    identity, margin = identity_of() if loss.needs_identity else None, settings.get("clip_margin", 0.0)
+    expected = dense(loss, features, teacher, identity, chunks=chunks, margin=margin)
     total = torch.stack([result["total"] for result in results]).mean()
     torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance)
-    inputs = [features.image, features.short, features.long, features.logit_scale, *loss.parameters()]
+    inputs = inputs_of(loss, features)
     for index, theirs in enumerate(gradients(expected, inputs)):
         ours = [result["gradients"][index].double() for result in results]
-        of_a_feature = index < 3  # it belongs to one rank; DistributedDataParallel divides by their number
+        of_a_feature = index <= len(
+            loss.views
+        )  # it belongs to one rank; DistributedDataParallel divides by their number
         averaged = torch.cat(ours) / world_size if of_a_feature else torch.stack(ours).mean(dim=0)
         torch.testing.assert_close(averaged, theirs, rtol=tolerance, atol=tolerance)
 
 
-def with_a_bad_rank() -> bool:
-    loss = loss_of("clip@short", pca_scope="local")
-    features, _ = batch_of(torch.float64)
-    image = features.image * (torch.nan if dist.get_rank() == 1 else 1)
-    total = loss(features._replace(image=image)).total
-    total.backward()
-    return bool(total.isnan())
-
-
-def test_a_rank_that_is_not_finite_neither_hangs_nor_hides_from_the_others() -> None:
-    assert run_ranks(2, with_a_bad_rank) == [True, True]
-
-
-def exchanges_on_a_rank(scope: str, components: int) -> list[int]:
+def exchanges_on_a_rank(formula: str, settings: dict[str, Any]) -> list[int]:
     widths = []
     exchange = dist.all_gather_into_tensor
 
@@ -346,14 +408,93 @@ def exchanges_on_a_rank(scope: str, components: int) -> list[int]:
         exchange(everywhere, rows)
 
     dist.all_gather_into_tensor = counted
-    loss_of(EVERY_TERM, pca_scope=scope, pca_components=components)(*batch_of(torch.float64))
+    loss_of(formula, **settings)(*batch_of(torch.float64))
     return widths
 
 
+TEACHER_WIDTHS = [teacher.width for teacher in TEACHERS]
+
+
 @pytest.mark.parametrize(
-    ("scope", "components", "features"), [("global", COMPONENTS, 3), ("local", COMPONENTS, 4), ("local", 0, 3)]
+    ("formula", "settings", "widths"),
+    [
+        # similarities are those of this rank's images, so that of others their texts will do
+        (USUAL_TERMS, {}, [2 * WIDTH, *(2 * width for width in TEACHER_WIDTHS)]),
+        (USUAL_TERMS, {"pca_scope": "global"}, [2 * WIDTH, *(2 * width for width in TEACHER_WIDTHS)]),
+        (USUAL_TERMS, {"pca_components": 0}, [2 * WIDTH, *(2 * width for width in TEACHER_WIDTHS)]),
+        ("clip@long + clip@short", {"pca_side": "text"}, [2 * WIDTH]),
+        ("mse@long + fd@short", {}, []),
+        ("icl@long", {}, [2 * width for width in TEACHER_WIDTHS]),
+    ],
 )
-def test_every_feature_is_exchanged_once(scope: str, components: int, features: int) -> None:
-    # one exchange for the student and one a teacher; the rebuilt image features are a feature of their own
-    widths = [WIDTH * features, *(teacher.width * features for teacher in TEACHERS)]
-    assert run_ranks(2, exchanges_on_a_rank, scope, components) == [widths, widths]
+def test_what_terms_compare_with_is_exchanged_once(formula: str, settings: dict[str, Any], widths: list[int]) -> None:
+    assert run_ranks(2, exchanges_on_a_rank, formula, settings) == [widths, widths]
+
+
+def test_equal_captions_are_reported_as_the_floor_of_clip() -> None:
+    features, _ = batch_of(torch.float64, 6)
+    alike = torch.tensor([0, 1, 1, 2, 2, 2])
+    identity = Identity(torch.arange(6), torch.arange(6), alike)
+    report = loss_of("clip@long + clip@short + siglip@long")(features, None, identity)
+    assert list(report.terms) == ["clip@long", "clip@short", "siglip@long", "floor@long", "floor@short"]
+    torch.testing.assert_close(
+        report.terms["floor@long"], (2 * torch.tensor(2.0).log() + 3 * torch.tensor(3.0).log()) / 6
+    )
+    assert report.terms["floor@short"] == 0
+    # a model that tells apart all that can be told apart, at a large scale, comes down to the floor and no further
+    rows = torch.eye(6, dtype=torch.float64)[alike]
+    perfect = loss_of("clip@long")(Features(rows, None, rows, torch.tensor([100.0])), None, identity)
+    torch.testing.assert_close(perfect.terms["clip@long"], perfect.terms["floor@long"].double(), rtol=1e-6, atol=0)
+    positive = loss_of("clip@long", multi_positive=True)(features, None, identity)
+    assert list(positive.terms) == ["clip@long"]
+    assert list(loss_of("kd@long")(*batch_of(torch.float64, 6), identity).terms) == ["kd@long"]
+
+
+def test_identities_change_nothing_unless_positives_are_asked_for() -> None:
+    features, teacher = batch_of(torch.float64)
+    for formula in (USUAL_TERMS, OTHER_TERMS):
+        loss = loss_of(formula, clip_margin=0.3)
+        assert torch.equal(loss(features, teacher, identity_of()).total, loss(features, teacher).total)
+        told = loss_of(formula, clip_margin=0.3, multi_positive=True)(features, teacher, identity_of()).total
+        assert not torch.isclose(told, loss(features, teacher).total)
+
+
+def floor_on_a_rank() -> Tensor:
+    alike = torch.tensor([0, 1, 2, 1, 2, 2]).chunk(2)[dist.get_rank()]
+    features = Features(*batch_of(torch.float64, 3)[0])
+    return loss_of("clip@long")(features, None, Identity(alike, None, alike)).terms["floor@long"]
+
+
+def test_equal_captions_on_other_ranks_count() -> None:
+    total = torch.stack(run_ranks(2, floor_on_a_rank)).mean()
+    torch.testing.assert_close(total, (2 * torch.tensor(2.0).log() + 3 * torch.tensor(3.0).log()) / 6)
+
+
+def test_multi_positive_must_be_told_who_is_who() -> None:
+    features, _ = batch_of(torch.float64)
+    loss = loss_of("clip@long", multi_positive=True)
+    assert loss.needs_identity
+    assert not loss_of("clip@long").needs_identity
+    with pytest.raises(ValueError, match="there is no identity of its rows"):
+        loss(features)
+    with pytest.raises(ValueError, match="the loss reads long captions, but which of them are the same is not known"):
+        loss(features, None, identity_of()._replace(long=None))
+
+
+def test_each_teacher_may_have_a_scale() -> None:
+    with pytest.raises(
+        ValueError, match="--teacher-scale 1 2 3 must be one for all or one for each of the 2 teachers, a"
+    ):
+        loss_of("kd@long", teacher_scale=(1.0, 2.0, 3.0))
+    assert loss_of("kd@long").teacher_scales == [30.0, 50.0]
+    assert loss_of("kd@long", teacher_scale=(7.0,)).teacher_scales == [7.0, 7.0]
+    assert loss_of("kd@long", teacher_scale=(7.0, 8.0)).teacher_scales == [7.0, 8.0]
+
+
+def test_a_loss_says_what_it_stands_for() -> None:
+    assert loss_of("longclip").description == (
+        "1*clip@long + 1*clip@short; label smoothing 0.1; logit scale from 100, no limit; "
+        "the short view sees images through 4 principal components"
+    )
+    said = loss_of("openclip", clip_margin=0.3, multi_positive=True).description
+    assert said.endswith("at most 100; clip margin 0.3; what shares an image or a caption is positive")

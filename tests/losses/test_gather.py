@@ -7,7 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jettclip.losses.gather import gather_rows, is_distributed, row_offset
+from jettclip.losses.gather import (
+    gather_ids,
+    gather_rows,
+    is_distributed,
+    max_over_ranks,
+    row_offset,
+    sum_over_ranks,
+    sum_rows_over_ranks,
+)
 from support import run_ranks
 
 ROWS = 2
@@ -51,3 +59,46 @@ def test_one_process_keeps_its_rows() -> None:
     assert gather_rows(rows) is rows
     assert not is_distributed()
     assert row_offset(3) == 0
+
+
+def reduced_on_a_rank() -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    numbers = torch.tensor([[1.0, -2.0, 3.0], [5.0, 7.0, -1.0]]).T * (1 - rank)  # not contiguous
+    before = numbers.clone()
+    result = {"sum": sum_over_ranks(numbers), "max": max_over_ranks(numbers)}
+    assert torch.equal(numbers, before)
+    return result | {"ids": gather_ids(torch.tensor([[rank, 2**40 + rank]]))}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_sums_largest_and_ids_are_the_same_on_every_rank(world_size: int) -> None:
+    numbers = torch.tensor([[1.0, -2.0, 3.0], [5.0, 7.0, -1.0]]).T
+    each = torch.stack([numbers * (1 - rank) for rank in range(world_size)])
+    for result in run_ranks(world_size, reduced_on_a_rank):
+        torch.testing.assert_close(result["sum"], each.sum(dim=0))
+        assert torch.equal(result["max"], each.amax(dim=0))
+        assert torch.equal(result["ids"], torch.tensor([[rank, 2**40 + rank] for rank in range(world_size)]))
+
+
+def test_one_process_sums_nothing_up() -> None:
+    numbers = torch.randn(3, requires_grad=True)
+    for function in (sum_over_ranks, max_over_ranks):
+        assert torch.equal(function(numbers), numbers)
+        assert not function(numbers).requires_grad
+    ids = torch.tensor([[1, 2]])
+    assert gather_ids(ids) is ids
+
+
+def rows_summed_on_a_rank(world_size: int) -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    rows = (torch.arange(world_size * ROWS * 2.0).view(-1, 2) * 10.0**rank).requires_grad_()
+    own = sum_rows_over_ranks(rows)
+    ((rank + 1) * own).sum().backward()
+    return {"own": own.detach(), "gradient": rows.grad}
+
+
+def test_a_rank_gets_the_sum_of_its_rows_and_gives_back_their_gradient() -> None:
+    whole = torch.arange(2 * ROWS * 2.0).view(-1, 2) * 11
+    for rank, result in enumerate(run_ranks(2, rows_summed_on_a_rank, 2)):
+        assert torch.equal(result["own"], whole[rank * ROWS : (rank + 1) * ROWS])
+        assert torch.equal(result["gradient"], torch.tensor([1.0] * ROWS + [2.0] * ROWS)[:, None].expand(-1, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
 from jettclip.types import BatchInfo
 
@@ -81,12 +82,17 @@ class Tally:
         if self.kept + self.dropped.total() >= ENOUGH_SAMPLES:
             check_drop_rate(self.kept, self.dropped, self.max_drop_rate)
 
-    def since_last(self, keys: list[str]) -> BatchInfo:
-        """Returns what was counted since the last call, to travel beside the batch of the samples `keys`."""
+    def since_last(self, keys: list[str], images: Sequence[int] = ()) -> BatchInfo:
+        """Returns what was counted since the last call, to travel beside the batch of the samples `keys`.
+
+        Args:
+            keys: of the samples.
+            images: their images' numbers, as `BatchInfo` has them.
+        """
         now = (self.dropped.copy(), self.damaged.copy(), self.noted.copy())
         dropped, damaged, noted = (dict(new - old) for new, old in zip(now, self._reported, strict=True))
         self._reported = now
-        return BatchInfo(keys, dropped, damaged, noted)
+        return BatchInfo(keys, dropped, damaged, noted, images)
 
 
 class HeldDamage:

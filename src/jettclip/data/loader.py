@@ -64,7 +64,7 @@ class ShardPipeline(IterableDataset):  # type: ignore[type-arg]
             if self.division.is_train and len(rows) < self.division.batch_size:
                 raise DataError(f"no usable sample is left: {describe(tally.dropped)}")
             batch = self.collate(rows) if rows else None
-            yield batch, tally.since_last([sample.key for sample in rows])
+            yield batch, tally.since_last([sample.key for sample in rows], [sample.image_number for sample in rows])
 
     def _rows(self, groups: Iterator[dict[str, Any]], tally: Tally) -> list[Sample]:
         """Returns the samples of a batch; fewer if no group is left."""
@@ -126,5 +126,5 @@ class Loader:
 
 
 def _together(first: BatchInfo, second: BatchInfo) -> BatchInfo:
-    sums = (dict(Counter(a) + Counter(b)) for a, b in zip(first[1:], second[1:], strict=True))
-    return BatchInfo(first.keys + second.keys, *sums)
+    dropped, damaged, noted = (dict(Counter(a) + Counter(b)) for a, b in zip(first[1:4], second[1:4], strict=True))
+    return BatchInfo(first.keys + second.keys, dropped, damaged, noted, [*first.images, *second.images])

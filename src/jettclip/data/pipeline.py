@@ -31,6 +31,7 @@ def get_wds_dataset(
     *,
     is_train: bool,
     batch_size: int,
+    accumulated: int = 1,
     views: Sequence[str] = ("short", "long"),
     teacher_parts: Sequence[str] = ("image", "short", "long"),
     teacher_tokenizers: Sequence[TeacherTokenizer] = (),
@@ -56,6 +57,7 @@ def get_wds_dataset(
         tokenizer: caption to token ids [1, L]; None where `settings` say that captions are stored embeddings.
         is_train: shuffled full batches, the same number on every rank; otherwise every sample once, in order.
         batch_size: rows of a batch on this rank.
+        accumulated: batches of a training step, of which an epoch has a multiple; what is left over begins the next.
         views: the captions to read, of ``short`` and ``long``.
         teacher_parts: what to read from the feature stores that `settings` names, or to ask teachers of.
         teacher_tokenizers: of teachers that are asked in training, whose token ids the batch then carries in place of
@@ -71,7 +73,7 @@ def get_wds_dataset(
         seed: of the order and of the random transform.
 
     Raises:
-        DataError: if shards or stores are missing, hold less than one batch a rank, or embeddings of another width.
+        DataError: if shards or stores are missing, hold less than one step, or embeddings of another width.
         ValueError: if `teacher_parts` names a view that is not read, or there is no tokenizer for captions of text.
     """
     resampled = resampled and is_train
@@ -107,7 +109,7 @@ def get_wds_dataset(
     dataset = ShardPipeline(
         source,
         reader,
-        divide(available, num_samples, batch_size, is_train, rank, world_size, workers),
+        divide(available, num_samples, batch_size, is_train, rank, world_size, workers, accumulated),
         collate=partial(
             collate,
             crop_captions=crop_captions and not settings.text_embeddings,

@@ -29,8 +29,8 @@ class Slice(NamedTuple):
 class Division:
     """How an epoch is divided over batches, ranks and workers.
 
-    In training every rank has the same number of full batches. In evaluation each sample is read once, the last batch
-    of a worker may be small, and ranks differ by one sample at most.
+    In training every rank has the same number of full batches, a multiple of those of a step. In evaluation each sample
+    is read once, the last batch of a worker may be small, and ranks differ by one sample at most.
     """
 
     samples: int  # of an epoch, over all ranks
@@ -39,12 +39,13 @@ class Division:
     rank: int = 0
     world_size: int = 1
     workers: int = 1  # of a rank
+    accumulated: int = 1  # batches of a rank in a training step
 
     @property
     def batches(self) -> int:
         """Batches of this rank in an epoch."""
         if self.is_train:
-            return self.samples // (self.batch_size * self.world_size)
+            return self.samples // (self.batch_size * self.world_size * self.accumulated) * self.accumulated
         return sum(self.batches_of(worker) for worker in range(self.workers))
 
     def batches_of(self, worker: int) -> int:
@@ -72,21 +73,27 @@ def divide(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    accumulated: int = 1,
 ) -> Division:
     """Divides an epoch of the samples asked for, by default of all that are available; of no more in evaluation.
 
     Raises:
-        DataError: if there are too few for every rank to have a batch in training, or a sample in evaluation.
+        DataError: if there are too few for every rank to have a step in training, or a sample in evaluation.
     """
     samples = (asked if is_train else min(asked or available, available)) or available
-    needed = batch_size * world_size if is_train else world_size
+    needed = batch_size * world_size * accumulated if is_train else world_size
     if samples < needed:
         raise DataError(
             f"{samples} samples are too few for {world_size} ranks, which need {needed} "
-            f"({'a batch of ' + str(batch_size) if is_train else 'one sample'} each): use a smaller --batch-size "
-            "or fewer ranks, or give the length of an epoch with --train-num-samples"
+            f"({_batches(accumulated, batch_size) if is_train else 'one sample'} each): use a smaller --batch-size "
+            f"or {'--accum-freq, or ' if accumulated > 1 else ''}fewer ranks, or give the length of an epoch with "
+            "--train-num-samples"
         )
-    return Division(samples, batch_size, is_train, rank, world_size, max(1, workers))
+    return Division(samples, batch_size, is_train, rank, world_size, max(1, workers), accumulated)
+
+
+def _batches(count: int, size: int) -> str:
+    return f"{count} batches of {size}" if count > 1 else f"a batch of {size}"
 
 
 def stretch(shards: Sequence[Shard], start: int, stop: int, seed: int | None) -> Iterator[Slice]:

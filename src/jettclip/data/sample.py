@@ -18,6 +18,7 @@ from jettclip.data.images import ImageReader, image_size
 from jettclip.data.policies import pad_shift
 from jettclip.data.store_group import Rows, StoreGroup
 from jettclip.data.streams import read_shard
+from jettclip.identity import number_of
 from jettclip.seeding import generator_of
 from jettclip.settings import SampleSettings
 from jettclip.types import VIEWS, AdapterInfo, TeacherFeatures, TeacherInfo, TeacherTokens
@@ -65,6 +66,13 @@ class Sample(NamedTuple):
     long: Tensor | None  # the same
     teacher: TeacherFeatures | TeacherTokens | None  # rows [Dt], or token ids [L]
     contents: Mapping[str, bytes | str]  # what all that was made of: the encoded image, and the captions
+
+    @property
+    def image_number(self) -> int:
+        """The number of the encoded image, equal for equal ones."""
+        data = self.contents["image"]
+        assert isinstance(data, bytes)
+        return number_of(data)
 
 
 AHEAD = 128

@@ -1,1 +1,1 @@
-"""Engines: how a student is stepped, on one device or many, behind the same four methods."""
+"""Engines: how a student is stepped, on one device or many, behind the same few methods."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from jettclip.losses.factory import Loss
@@ -36,11 +37,20 @@ class Engine(Protocol):
     model: nn.Module
     """Maps (image, short caption, long caption) to `Features`; call it under `autocast`."""
 
+    device: torch.device
+    """Where its inputs must lie."""
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns the precision in which the model is to be called."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a rank's mean loss; over ranks it becomes the gradient of the mean."""
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Returns a context in which forward and backward passes may leave the gradient to this rank.
+
+        The next `backward` outside it adds up what all ranks have gathered.
+        """
 
     def step(self) -> float | None:
         """Updates the parameters and clears the gradients; returns the gradient norm if it is clipped."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,16 +45,19 @@ class DDPEngine:
         sync_batch_norm: bool = False,
         compile_model: bool = False,
     ) -> None:
-        self.student, self.optimizer, self.clip_norm = student, optimizer, clip_norm
+        self.student, self.optimizer, self.device, self.clip_norm = student, optimizer, device, clip_norm
         self.log_scale_max = math.log(logit_scale_max) if logit_scale_max else None
         self._autocast = openclip.get_autocast(precision, device_type=device.type)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")
         self.model: nn.Module = student
+        self._synchronised: DistributedDataParallel | None = None
         if dist.is_initialized():
             if sync_batch_norm:
                 convert_sync_batchnorm(student)  # timm's: torch's own would drop the activations of timm's norms
             device_ids = None if device.type == "cpu" else [device]
-            self.model = DistributedDataParallel(student, device_ids=device_ids, static_graph=static_graph)
+            self._synchronised = DistributedDataParallel(student, device_ids=device_ids, static_graph=static_graph)
+            self.model = self._synchronised
+        self._knows_graph = not static_graph
         if compile_model:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
 
@@ -66,6 +69,19 @@ class DDPEngine:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a rank's mean loss; over ranks it becomes the gradient of the mean."""
         self.scaler.scale(loss).backward()
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Returns a context in which forward and backward passes leave the gradient to this rank.
+
+        A static graph is learnt from the first backward pass, which must be synchronised: of one that is not,
+        DistributedDataParallel learns that no parameter is used, and drops their gradients. To average a part of the
+        gradient early changes nothing in the end.
+        """
+        if self._synchronised is None or not self._knows_graph:
+            self._knows_graph = True
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._synchronised.no_sync()
+        return context
 
     def step(self) -> float | None:
         """Updates the parameters and clears the gradients; returns the gradient norm if it is clipped."""

@@ -2,123 +2,151 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jettclip.losses.clip import ClipTerm
-from jettclip.losses.formula import TEACHER_TERMS, find_recipe, parse_formula
-from jettclip.losses.gather import gather_rows, is_distributed, is_first_rank, row_offset
-from jettclip.losses.kd import KdTerm
-from jettclip.losses.mse import MseTerm
-from jettclip.losses.pca import principal_components
-from jettclip.losses.view import Gathered, View
+from jettclip.losses.coarse import Coarsening
+from jettclip.losses.distance import DistanceTerm
+from jettclip.losses.formula import (
+    DISTANCES,
+    SOFTMAX_TERMS,
+    TEACHER_TERMS,
+    describe,
+    find_recipe,
+    parse_formula,
+    teacher_parts_of,
+    views_of,
+)
+from jettclip.losses.gd import GdTerm
+from jettclip.losses.icl import IclTerm
+from jettclip.losses.identities import Identities
+from jettclip.losses.matching import STUDENT, TEACHER, Matching
+from jettclip.losses.pairwise import Pairwise
+from jettclip.losses.presets import Recipe
+from jettclip.losses.siglip import SiglipTerm
+from jettclip.losses.softmax import SoftmaxTerms
+from jettclip.losses.view import Margin, Matches, View, whole
 from jettclip.settings import LossSettings
-from jettclip.types import VIEWS, Features, LossReport, Pair, TeacherFeatures, TeacherInfo, at_least_float32
+from jettclip.types import Features, Identity, LossReport, TeacherFeatures, TeacherInfo, at_least_float32
 
 
 class Loss(nn.Module):
     """A weighted sum of terms over caption views.
 
     The long view pairs the image with the long caption; the short view pairs the short caption with the image rebuilt
-    from the batch's principal components (Long-CLIP, arXiv 2403.15378). Teachers' features are treated alike. Every
-    feature is gathered from the other ranks once. All arithmetic is in float32 at least, outside autocast.
+    from the batch's principal components (Long-CLIP, arXiv 2403.15378), or the image with the long caption rebuilt so
+    (HiMo-CLIP, arXiv 2511.06653). Teachers' features are treated alike. What the terms compare with all ranks' rows is
+    gathered once. All arithmetic is in float32 at least, outside autocast.
 
     Attributes:
-        views: the caption views the formula names.
+        views: the student's captions that the formula reads.
         teacher_parts: what it needs of the teachers, of ``image``, ``short``, ``long``; empty without teacher terms.
         recipe: the formula and its constants.
+        needs_identity: whether it must be told who is who in a batch.
     """
 
     def __init__(self, settings: LossSettings, embed_dim: int, teachers: Sequence[TeacherInfo] = ()) -> None:
         super().__init__()
-        self.recipe = find_recipe(settings)
-        self.summands = parse_formula(self.recipe.formula)
-        self.views = views_of(self.recipe.formula)
-        self.teacher_parts = teacher_parts_of(self.recipe.formula)
-        self.pca_components, self.pca_is_global = self.recipe.pca_components, settings.pca_scope == "global"
-        self.teachers = list(teachers) if self.teacher_parts else []
+        self.recipe = recipe = find_recipe(settings)
+        self.summands = parse_formula(recipe.formula)
+        self.contrasted = [summand.view for summand in self.summands if summand.term == "clip"]
+        self.views, self.teacher_parts = views_of(recipe), teacher_parts_of(recipe)
+        self.needs_identity, self.margin_weight = settings.multi_positive, settings.clip_margin
         if self.teacher_parts and not teachers:
             raise ValueError(
                 f"--loss {settings.loss!r} distils from a teacher, but there is none; "
                 "name a feature store with --features, or a model with --distill-model"
             )
-        names = {summand.term for summand in self.summands}
+        self.teachers = list(teachers) if self.teacher_parts else []
+        self.teacher_scales = _scales_of(self.teachers, recipe)
+        pairwise = Pairwise(settings.loss_tile)
+        coarsen = Coarsening(recipe, is_global=settings.pca_scope == "global", detach=settings.pca_detach)
+        distilled = [summand for summand in self.summands if summand.term in TEACHER_TERMS]
+        dense, captions = pairwise.is_dense, self.margin_weight > 0
+        self.match = Matching(self.summands, recipe, coarsen, STUDENT, with_captions=captions, keeps_whole=dense)
+        self.match_teacher = Matching(distilled, recipe, coarsen, TEACHER, keeps_whole=dense)
+        self.softmax_terms = SoftmaxTerms(pairwise, recipe.label_smoothing)
         self.terms = nn.ModuleDict()
-        if "clip" in names:
-            self.terms["clip"] = ClipTerm(self.recipe.label_smoothing)
-        if "kd" in names:
-            self.terms["kd"] = KdTerm()
-        if "mse" in names:
-            self.terms["mse"] = MseTerm(embed_dim, [t.width for t in self.teachers], settings.mse_projection)
-        self._checks_rank = is_first_rank()
+        widths = embed_dim, [teacher.width for teacher in self.teachers], settings.mse_projection
+        for name in dict.fromkeys(summand.term for summand in self.summands):
+            if name in DISTANCES:
+                self.terms[name] = DistanceTerm(name, *widths)
+            elif name == "icl":
+                self.terms[name] = IclTerm(pairwise, *widths)
+            elif name == "gd":
+                self.terms[name] = GdTerm(*widths)
+            elif name == "siglip":
+                self.terms[name] = SiglipTerm(pairwise)
 
-    def forward(self, features: Features, teacher: TeacherFeatures | None = None) -> LossReport:
+    @property
+    def description(self) -> str:
+        """The formula that this loss stands for, and its constants, in words."""
+        margin = f"; clip margin {self.margin_weight:g}" if self.margin_weight else ""
+        positives = "; what shares an image or a caption is positive" if self.needs_identity else ""
+        return describe(self.recipe) + margin + positives
+
+    def forward(
+        self, features: Features, teacher: TeacherFeatures | None = None, identity: Identity | None = None
+    ) -> LossReport:
         """Computes the loss of this rank's rows against all ranks' rows.
 
         Args:
             features: the student's, b rows on every rank.
             teacher: the teachers' features of the same rows, any float type; the terms without a teacher need none.
+            identity: who is who among the rows, on all ranks or none: for more positives, or to report ``floor@VIEW``.
 
         Returns:
-            the weighted sum, in float32 at least, and each term's own value.
+            the weighted sum, in float32 at least, and each term's own value; with identities also ``floor@VIEW``, which
+            a clip term that takes equal captions for negatives cannot go below.
 
         Raises:
-            ValueError: if the student or the teacher lacks a view that the formula names.
+            ValueError: if the student or the teacher lacks a view that the formula names, or identities are needed.
         """
         with torch.autocast(features.image.device.type, enabled=False):
-            student = self._gather(_parts(features, ("image", *self.views), "the student"), features.logit_scale)
-            taught = [self._gather(part, scale) for part, scale in self._split(teacher)]
-            terms: dict[str, Tensor] = {}
+            student = self.match(_parts(features, ("image", *self.views), "the student"), features.logit_scale)
+            taught = [self.match_teacher(*one) for one in self._split(teacher)]
+            identities = self._identities(identity)
+            values: dict[str, Tensor] = {}
+            for view, matches in student.items():
+                caption = self.recipe.caption_of(view)
+                positives = identities.positives(caption) if identities and self.needs_identity else None
+                margin = self._margin(matches, caption)
+                seen = View(matches, [one[view] for one in taught if view in one], positives, margin)
+                values |= {f"{term}@{view}": value for term, value in self._values(seen, view).items()}
             total = features.logit_scale.sum() * 0  # DistributedDataParallel wants every parameter in the graph
-            views = {view: View(student[view], [one[view] for one in taught if view in one]) for view in self.views}
             for weight, term, view in self.summands:
-                value = self.terms[term](views[view])
-                terms[f"{term}@{view}"] = value.detach()
-                total = total + weight * value
-        return LossReport(total, terms)
+                total = total + weight * values[f"{term}@{view}"]
+            reported = {f"{term}@{view}": values[f"{term}@{view}"].detach() for _, term, view in self.summands}
+            if identities and not self.needs_identity:
+                reported |= {
+                    f"floor@{view}": identities.floor(self.recipe.caption_of(view)) for view in self.contrasted
+                }
+        return LossReport(total, reported)
 
-    def _gather(self, features: dict[str, Tensor], scale: Tensor | float) -> dict[str, Gathered]:
-        """Gathers one model's features, and pairs each view's text with the image feature that belongs to it."""
-        local = {name: at_least_float32(rows) for name, rows in features.items()}
-        rows = len(local["image"])
-        offset = row_offset(rows)
-        has_coarse = "short" in local and self.pca_components > 0
-        if has_coarse and not self.pca_is_global:
-            local["coarse"] = self._coarse(local["image"])
-        everywhere = gather_rows(local)
-        if has_coarse and self.pca_is_global:
-            everywhere["coarse"] = self._coarse(everywhere["image"])
-            local["coarse"] = everywhere["coarse"][offset : offset + rows]
-        image_of = {"short": "coarse" if has_coarse else "image", "long": "image"}
-        return {
-            view: Gathered(
-                Pair(local[image_of[view]], local[view]),
-                Pair(everywhere[image_of[view]], everywhere[view]),
-                scale,
-                offset,
+    def _values(self, seen: View, view: str) -> dict[str, Tensor]:
+        terms = [summand.term for summand in self.summands if summand.view == view]
+        together = [term for term in terms if term in SOFTMAX_TERMS]
+        values: dict[str, Tensor] = self.softmax_terms(seen, together) if together else {}
+        return values | {term: self.terms[term](seen) for term in terms if term not in values}
+
+    def _margin(self, matches: Matches, caption: str) -> Margin | None:
+        if not (self.margin_weight and caption in matches.gathered):
+            return None
+        return Margin(self.margin_weight, whole(matches.own[caption]).detach(), matches.gathered[caption].detach())
+
+    def _identities(self, identity: Identity | None) -> Identities | None:
+        if identity is None and self.needs_identity:
+            raise ValueError(
+                "--multi-positive must be told who is who in a batch, but there is no identity of its rows"
             )
-            for view in self.views
-            if view in local
-        }
+        if identity is None or not (self.needs_identity or self.contrasted):
+            return None
+        return Identities(identity, self.views)
 
-    def _coarse(self, image: Tensor) -> Tensor:
-        rebuilt, rank = principal_components(image, self.pca_components)
-        # to read the rank costs no wait for a GPU beyond the one that the eigendecomposition has just ended with
-        if self._checks_rank and int(rank) <= self.pca_components:
-            self._checks_rank = False
-            logging.warning(
-                f"--pca-components {self.pca_components} keeps everything of {len(image)} image features of width "
-                f"{image.shape[1]}, whose rank is {int(rank)}, so the short view sees whole image features; "
-                "give fewer, or a larger --batch-size of different images"
-                + (", or --pca-scope global" if is_distributed() and not self.pca_is_global else "")
-            )
-        return rebuilt
-
-    def _split(self, teacher: TeacherFeatures | None) -> list[tuple[dict[str, Tensor], Tensor | float]]:
+    def _split(self, teacher: TeacherFeatures | None) -> list[tuple[dict[str, Tensor], float]]:
         """Separates the teachers' columns, and scales the rows, perhaps stored in bfloat16, to unit length."""
         if not self.teachers:
             return []
@@ -130,11 +158,8 @@ class Loss(nn.Module):
             for name, rows in _parts(teacher, self.teacher_parts, "the teacher").items()
         }
         return [
-            (
-                {name: F.normalize(columns[index], dim=1) for name, columns in parts.items()},
-                self.recipe.teacher_scale or one.logit_scale,
-            )
-            for index, one in enumerate(self.teachers)
+            ({name: F.normalize(columns[index], dim=1) for name, columns in parts.items()}, scale)
+            for index, scale in enumerate(self.teacher_scales)
         ]
 
 
@@ -152,6 +177,17 @@ def create_loss(settings: LossSettings, embed_dim: int, teachers: Sequence[Teach
     return Loss(settings, embed_dim, teachers)
 
 
+def _scales_of(teachers: Sequence[TeacherInfo], recipe: Recipe) -> list[float]:
+    """Returns S of each teacher."""
+    scales = recipe.teacher_scale
+    if len(scales) > 1 and teachers and len(scales) != len(teachers):
+        raise ValueError(
+            f"--teacher-scale {' '.join(f'{scale:g}' for scale in scales)} must be one for all or one for each of the "
+            f"{len(teachers)} teachers, {', '.join(teacher.name for teacher in teachers)}"
+        )
+    return list(scales) * (len(teachers) // len(scales)) if scales else [teacher.logit_scale for teacher in teachers]
+
+
 def _parts(features: Features | TeacherFeatures, names: Sequence[str], whose: str) -> dict[str, Tensor]:
     parts = {name: getattr(features, name) for name in names}
     missing = [name for name, rows in parts.items() if rows is None]
@@ -161,15 +197,3 @@ def _parts(features: Features | TeacherFeatures, names: Sequence[str], whose: st
             "name views the data has, clip@long or clip@short"
         )
     return parts
-
-
-def views_of(formula: str) -> tuple[str, ...]:
-    """Returns the caption views that a formula names."""
-    named = {summand.view for summand in parse_formula(formula)}
-    return tuple(view for view in VIEWS if view in named)
-
-
-def teacher_parts_of(formula: str) -> tuple[str, ...]:
-    """Returns what a formula needs of the teachers, of ``image``, ``short`` and ``long``."""
-    named = {summand.view for summand in parse_formula(formula) if summand.term in TEACHER_TERMS}
-    return ("image", *(view for view in VIEWS if view in named)) if named else ()

@@ -2,41 +2,116 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from jettclip.losses.pca import Components
 from jettclip.types import Pair
+
+COARSE = "coarse"
+
+
+class Block(NamedTuple):
+    """The similarities that a pairwise term is made of, S times the rows by the columns.
+
+    Their width is that of the embeddings, or less: features rebuilt from principal components come as coordinates.
+    """
+
+    rows: Tensor  # [b, d] this rank's features of one modality
+    columns: Tensor  # [B, d] all ranks' features of the other; column `offset` + i belongs to row i
+    scale: Tensor | float  # S = exp(logit_scale), [1]
+    offset: int = 0
+
+
+class Positives(NamedTuple):
+    """Who is who: a row and a column belong together if any of their numbers is the same."""
+
+    rows: Tensor  # int64 [b, n]
+    columns: Tensor  # int64 [B, n]
+
+
+class Margin(NamedTuple):
+    """What is added to the cosines of negatives: `weight` times the similarity of their captions."""
+
+    weight: float
+    rows: Tensor  # [b, D] the captions of the rows, unit length, without gradient
+    columns: Tensor  # [B, D]
+
+
+class Similarities(NamedTuple):
+    """The terms that compare the rows of a similarity matrix and its columns, 0-D each; zero where not wanted."""
+
+    clip: Tensor  # cross-entropy with who belongs to whom
+    kd: Tensor  # KL divergence from the teachers' averaged probabilities
+    crd: Tensor  # mean of the KL divergences from each teacher's
+
+
+class Parts(NamedTuple):
+    """What a view pairs, by name: ``image``, ``short``, ``long``, or `COARSE` for what principal components hold."""
+
+    image: str
+    text: str
+
+    @property
+    def row(self) -> str:
+        """Which one makes the rows of similarities: what is coarse, since only this rank's is known as coordinates."""
+        return self.text if self.text == COARSE else self.image
+
+    @property
+    def column(self) -> str:
+        """Which one makes the columns."""
+        return self.image if self.text == COARSE else self.text
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Unit-length image and text features of one model, this rank's rows and all ranks' rows.
+class Matches:
+    """One model's images and texts in a view: row i of the one belongs to row i of the other.
 
-    Row i of `local` is row `offset` + i of `everywhere`.
+    Of what `gathered` has, row `offset` + i is row i of this rank; it has no more than the loss's terms compare with.
     """
 
-    local: Pair  # [b, D]
-    everywhere: Pair  # [B, D]
+    parts: Parts
+    own: Mapping[str, Tensor | Components]  # [b, D] this rank's, of unit length unless coarse
+    gathered: Mapping[str, Tensor]  # [B, D] all ranks'
     scale: Tensor | float  # S = exp(logit_scale)
     offset: int = 0
 
     @cached_property
-    def logits(self) -> Pair:
-        """Scaled similarities of this rank's images to all texts, and of its texts to all images, each [b, B].
+    def local(self) -> Pair:
+        """This rank's features, [b, D] each."""
+        return Pair(*(whole(self.own[part]) for part in self.parts))
 
-        Kept, since several terms use them.
-        """
-        return Pair(
-            self.scale * self.local.image @ self.everywhere.text.T,
-            self.scale * self.local.text @ self.everywhere.image.T,
-        )
+    @property
+    def everywhere(self) -> Pair:
+        """All ranks' features, [B, D] each."""
+        return Pair(*(self.gathered[part] for part in self.parts))
+
+    @cached_property
+    def block(self) -> Block:
+        """The similarities of this rank's rows and all ranks' columns, of low rank where the rows are coarse."""
+        rows, columns = self.own[self.parts.row], self.gathered[self.parts.column]
+        if isinstance(rows, Components):
+            basis = torch.cat([rows.directions, rows.mean.unsqueeze(1)], dim=1)
+            rows, columns = F.pad(rows.coordinates, (0, 1), value=1.0), columns @ basis
+        return Block(rows, columns, self.scale, self.offset)
 
 
 @dataclass(frozen=True)
 class View:
-    """The student's features for a caption view, and the teachers'."""
+    """What the terms over a caption view are computed from."""
 
-    student: Gathered
-    teachers: list[Gathered] = field(default_factory=list)
+    student: Matches
+    teachers: Sequence[Matches] = ()
+    positives: Positives | None = None
+    margin: Margin | None = None
+
+
+def whole(features: Tensor | Components) -> Tensor:
+    """Returns features [b, D] that may be in the coordinates of principal components."""
+    return features.rebuilt() if isinstance(features, Components) else features

@@ -1,0 +1,145 @@
+"""One step over several micro-batches, with the gradient of the one batch that they are together.
+
+A loss that compares every row with every other one cannot be added up from micro-batches. GradCache (arXiv 2101.06983)
+computes it exactly, at the price of a second forward pass: all micro-batches are embedded, and of their features alone,
+which are small, one loss gives each feature's gradient; then each micro-batch is embedded once more, with the same
+random numbers, and takes its features' gradients back to the weights. The first is spared that: its activations stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # private: the only base that all kinds share
+
+from jettclip.engine.base import Engine
+from jettclip.identity import identity_of
+from jettclip.losses.factory import Loss
+from jettclip.models.teacher import Ensemble
+from jettclip.seeding import random_state, set_random_state
+from jettclip.types import Batch, BatchInfo, Features, Identity, LossReport, TeacherFeatures, TeacherTokens, to_device
+
+
+class LossInput(NamedTuple):
+    """What a loss is computed from."""
+
+    features: Features
+    teacher: TeacherFeatures | None
+    identity: Identity
+
+
+def loss_input(engine: Engine, batch: Batch, info: BatchInfo, teachers: Ensemble | None = None) -> LossInput:
+    """Embeds a batch, and asks the teachers about it, if there are any, on the engine's device."""
+    batch = to_device(batch, engine.device)
+    features = _embed(engine, batch)
+    with engine.autocast():
+        taught = teachers(batch.image, batch.teacher) if teachers else batch.teacher
+    assert not isinstance(taught, TeacherTokens)
+    return LossInput(features, taught, identity_of(batch, info))
+
+
+def accumulate(
+    engine: Engine, loss: Loss, micro_batches: Sequence[tuple[Batch, BatchInfo]], teachers: Ensemble | None = None
+) -> tuple[LossReport, Features]:
+    """Adds the gradient of one loss over all micro-batches to the parameters, with the activations of one in memory.
+
+    It is that of the one batch, `logit_scale` and the loss's own parameters included, wherever a row's features do not
+    depend on the rows beside it; see `batch_norms` for where they do. This rank's rows are those of its micro-batches,
+    one after the other.
+
+    Args:
+        engine: whose parameters take the gradient; it is exchanged with other ranks once, in the last backward pass.
+        loss: of the rows of all micro-batches and ranks.
+        micro_batches: two or more, on any device; they are moved to the engine's one at a time.
+        teachers: asked once about every micro-batch.
+
+    Returns:
+        the loss, and the features of all rows, without gradient.
+    """
+    first, *others = micro_batches
+    states = []
+    with engine.no_sync():
+        inputs = [loss_input(engine, *first, teachers)]
+        with torch.no_grad(), running_statistics_kept(engine.model):
+            for micro_batch in others:
+                states.append(random_state())
+                inputs.append(loss_input(engine, *micro_batch, teachers))
+        report, features, gradients = _cached_gradients(loss, inputs)
+        engine.backward(_dot(inputs[0].features, loss, gradients[0]))
+    for number, ((batch, _), state) in enumerate(zip(others, states, strict=True), start=1):
+        with nullcontext() if number == len(others) else engine.no_sync():
+            set_random_state(state)
+            again = _embed(engine, to_device(batch._replace(teacher=None), engine.device))
+            engine.backward(_dot(again, loss, gradients[number]))
+    return report, features
+
+
+def _cached_gradients(loss: Loss, inputs: Sequence[LossInput]) -> tuple[LossReport, Features, list[list[Tensor]]]:
+    """Computes the loss of all rows; returns it, their features, and a list of gradients for each micro-batch.
+
+    These are of its rows' features, and then its share of those of the logit scale and of the loss's own parameters:
+    they belong to no row, and are shared out so that the graphs of all micro-batches are alike.
+    """
+    features, teacher, identity = _together(inputs)
+    leaves = [part.requires_grad_() for part in features if part is not None]
+    report: LossReport = loss(features, teacher, identity)
+    gradients = torch.autograd.grad(report.total, [*leaves, *_trained(loss)], materialize_grads=True)
+    of_rows, of_shared = gradients[: len(leaves) - 1], gradients[len(leaves) - 1 :]
+    pieces = zip(*(gradient.split([len(one.features.image) for one in inputs]) for gradient in of_rows), strict=True)
+    shares = [gradient / len(inputs) for gradient in of_shared]
+    detached = Features._make(None if part is None else part.detach() for part in features)
+    return report, detached, [[*piece, *shares] for piece in pieces]
+
+
+def _dot(features: Features, loss: Loss, gradients: Sequence[Tensor]) -> Tensor:
+    """Returns a scalar of which features, logit scale and the loss's own parameters have the given gradients."""
+    values = [*(part for part in features if part is not None), *_trained(loss)]
+    return torch.stack([(value * gradient).sum() for value, gradient in zip(values, gradients, strict=True)]).sum()
+
+
+def _trained(loss: Loss) -> list[nn.Parameter]:
+    return [parameter for parameter in loss.parameters() if parameter.requires_grad]
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Returns the layers whose output depends on the rows beside a row, so that micro-batches are not one batch."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+@contextmanager
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Keeps BatchNorm from counting in its running statistics what it sees; it normalises as before."""
+    tracking = [norm for norm in batch_norms(model) if norm.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
+
+
+def _embed(engine: Engine, batch: Batch) -> Features:
+    with engine.autocast():
+        features: Features = engine.model(batch.image, batch.short_caption, batch.long_caption)
+    return features
+
+
+@torch.no_grad()
+def _together(inputs: Sequence[LossInput]) -> LossInput:
+    features, teacher, identity = zip(*inputs, strict=True)
+    scale = features[0].logit_scale.detach()
+    return LossInput(
+        _concatenated(features)._replace(logit_scale=scale),
+        None if teacher[0] is None else _concatenated(teacher),
+        _concatenated(identity),
+    )
+
+
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """Puts rows after one another, of `Features`, `TeacherFeatures` or `Identity`."""
+    return type(parts[0])(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*parts, strict=True)))
