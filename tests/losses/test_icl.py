@@ -5,7 +5,7 @@ from open_clip.loss import ClipLoss
 
 import loss_formulas as formulas
 from jettclip.losses.icl import IclTerm
-from jettclip.losses.pairwise import Pairwise
+from jettclip.losses.pairwise.choice import Pairwise
 from jettclip.losses.view import Matches, Parts, View
 from support import unit_rows
 

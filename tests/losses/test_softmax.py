@@ -8,7 +8,7 @@ from open_clip.loss import ClipLoss, DistillClipLoss
 from torch import Tensor
 
 import loss_formulas as formulas
-from jettclip.losses.pairwise import Pairwise
+from jettclip.losses.pairwise.choice import Pairwise
 from jettclip.losses.softmax import SoftmaxTerms
 from jettclip.losses.view import Matches, Parts, View
 from support import unit_rows

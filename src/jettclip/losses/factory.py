@@ -22,13 +22,14 @@ from jettclip.losses.formula import (
 )
 from jettclip.losses.gd import GdTerm
 from jettclip.losses.icl import IclTerm
-from jettclip.losses.identities import Identities
 from jettclip.losses.matching import STUDENT, TEACHER, Matching
-from jettclip.losses.pairwise import Pairwise
+from jettclip.losses.pairwise.block import Margin
+from jettclip.losses.pairwise.choice import Pairwise
+from jettclip.losses.positives import Identities
 from jettclip.losses.presets import Recipe
 from jettclip.losses.siglip import SiglipTerm
 from jettclip.losses.softmax import SoftmaxTerms
-from jettclip.losses.view import Margin, Matches, View, whole
+from jettclip.losses.view import Matches, View, whole
 from jettclip.settings import LossSettings
 from jettclip.types import Features, Identity, LossReport, TeacherFeatures, TeacherInfo, at_least_float32
 

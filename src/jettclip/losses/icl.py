@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from jettclip.losses.pairwise import Pairwise
+from jettclip.losses.pairwise.block import Block
+from jettclip.losses.pairwise.choice import Pairwise
 from jettclip.losses.projection import ProjectedTerm
-from jettclip.losses.view import Block, View
+from jettclip.losses.view import View
 
 
 class IclTerm(ProjectedTerm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jettclip.losses.pairwise import Pairwise
+from jettclip.losses.pairwise.choice import Pairwise
 from jettclip.losses.view import View
 
 BIAS = -10.0

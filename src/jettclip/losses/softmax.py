@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from jettclip.losses.pairwise import Pairwise
+from jettclip.losses.pairwise.choice import Pairwise
 from jettclip.losses.view import View
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jettclip.losses.gather import gather_ids
-from jettclip.losses.view import Positives
+from jettclip.losses.pairwise.block import Positives
 from jettclip.types import Identity
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jettclip.losses.gather import gather_rows
-from jettclip.losses.view import Block, Margin, Positives, Similarities
+from jettclip.losses.pairwise.block import Block, Margin, Positives, SoftmaxValues
 
 
 def softmax_terms(
@@ -25,7 +25,7 @@ def softmax_terms(
     positives: Positives | None = None,
     margin: Margin | None = None,
     tile: int = 0,
-) -> Similarities:
+) -> SoftmaxValues:
     """Returns what `tiled.softmax_terms` returns, from whole matrices; `tile` is of no effect."""
     similarities = contrast = _similarities(student)
     if margin is not None:
@@ -55,7 +55,7 @@ def softmax_terms(
             each = [F.kl_div(ours, target, reduction="batchmean") for target in targets]
             terms["crd"].append(torch.stack(each).mean())
     zero = similarities.new_zeros(())
-    return Similarities(*(sum(terms[name], zero) / 2 for name in Similarities._fields))
+    return SoftmaxValues(*(sum(terms[name], zero) / 2 for name in SoftmaxValues._fields))
 
 
 def one_way(block: Block, *, tile: int = 0) -> Tensor:

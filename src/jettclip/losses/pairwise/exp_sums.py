@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jettclip.losses.gather import max_over_ranks, sum_over_ranks
-from jettclip.losses.tiles import Tile
+from jettclip.losses.pairwise.tiles import Tile
 
 
 class ExpSums:

@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from jettclip.losses.tiled_rows import one_way, sigmoid_term
-from jettclip.losses.tiled_softmax import Plan, SoftmaxTerms
-from jettclip.losses.tiles import precise, tile_height
-from jettclip.losses.view import Block, Margin, Positives, Similarities
+from jettclip.losses.pairwise.block import Block, Margin, Positives, SoftmaxValues
+from jettclip.losses.pairwise.tiled_rows import one_way, sigmoid_term
+from jettclip.losses.pairwise.tiled_softmax import Plan, TiledSoftmax
+from jettclip.losses.pairwise.tiles import precise, tile_height
 
 __all__ = ["one_way", "sigmoid_term", "softmax_terms"]
 
@@ -27,7 +27,7 @@ def softmax_terms(
     positives: Positives | None = None,
     margin: Margin | None = None,
     tile: int = 0,
-) -> Similarities:
+) -> SoftmaxValues:
     """Compares the softmax over rows and over columns of a similarity matrix with targets.
 
     With s_ij = S x_i . y_j, n_i the number of columns that belong to row i, e the label smoothing, and q the
@@ -63,4 +63,4 @@ def softmax_terms(
         if margin is not None and "clip" in wanted:
             captions = precise(Block(margin.rows, margin.columns, block.scale * margin.weight), dtype)
     plan = Plan(constants, frozenset(wanted), label_smoothing, positives, captions, tile_height(block, tile))
-    return Similarities(*SoftmaxTerms.apply(block.rows, block.columns, block.scale, block.offset, plan))
+    return SoftmaxValues(*TiledSoftmax.apply(block.rows, block.columns, block.scale, block.offset, plan))

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor
 
-from jettclip.losses import dense, tiled
 from jettclip.losses.gather import gather_rows, row_offset
-from jettclip.losses.view import Block, Margin, Positives
+from jettclip.losses.pairwise import dense, tiled
+from jettclip.losses.pairwise.block import Block, Margin, Positives
 from support import run_ranks, unit_rows
 
 ROWS, WIDTH = 12, 8

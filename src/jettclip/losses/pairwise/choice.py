@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from jettclip.losses import dense, tiled
+from jettclip.losses.pairwise import dense, tiled
 
 
 class Pairwise:

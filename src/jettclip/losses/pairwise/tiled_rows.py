@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jettclip.losses.tiles import Tile, precise, similarities, tile_height, tiles
-from jettclip.losses.view import Block, Positives
+from jettclip.losses.pairwise.block import Block, Positives
+from jettclip.losses.pairwise.tiles import Tile, precise, similarities, tile_height, tiles
 
 Compare = Callable[[Tile, Tensor, Tensor], Tensor]
 """Turns a tile's similarities into their gradient, in place, with a buffer as large; returns the tile's value."""

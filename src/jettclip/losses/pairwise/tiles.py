@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from jettclip.losses.view import Block, Positives
+from jettclip.losses.pairwise.block import Block, Positives
 from jettclip.types import at_least_float32
 
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from jettclip.losses.tiles import Tile
-from jettclip.losses.view import Positives
+from jettclip.losses.pairwise.block import Positives
+from jettclip.losses.pairwise.tiles import Tile
 
 
 class Belonging:

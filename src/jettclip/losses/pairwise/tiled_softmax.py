@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jettclip.losses.belonging import Belonging
-from jettclip.losses.exp_sums import LogTotals, StreamedSoftmax, sum_columns_over_ranks
-from jettclip.losses.tiles import Tile, similarities, tiles
-from jettclip.losses.view import Block, Positives
+from jettclip.losses.pairwise.belonging import Belonging
+from jettclip.losses.pairwise.block import Block, Positives
+from jettclip.losses.pairwise.exp_sums import LogTotals, StreamedSoftmax, sum_columns_over_ranks
+from jettclip.losses.pairwise.tiles import Tile, similarities, tiles
 
 
 class Plan(NamedTuple):
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
         return margin
 
 
-class SoftmaxTerms(torch.autograd.Function):
+class TiledSoftmax(torch.autograd.Function):
     """The terms clip, kd and crd from rows [b, d], columns [B, d], scale [1], the rows' offset and the plan."""
 
     @staticmethod

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jettclip.losses import tiled
 from jettclip.losses.gather import gather_ids, gather_rows, row_offset
-from jettclip.losses.view import Block, Margin, Positives
+from jettclip.losses.pairwise import tiled
+from jettclip.losses.pairwise.block import Block, Margin, Positives
 from support import run_ranks, unit_rows
 
 WIDTH = 10
