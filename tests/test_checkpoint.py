@@ -31,10 +31,13 @@ from jettclip.types import TeacherFeatures, TeacherInfo
 from support import run_ranks, tiny_towers
 
 
-def make_engine(seed: int = 0, width: int = 16) -> DDPEngine:
+def make_engine(
+    seed: int = 0, width: int = 16, formula: str = "1*clip@long + 1*mse@long", teacher_width: int = 8
+) -> DDPEngine:
     torch.manual_seed(seed)
-    loss = create_loss(LossSettings(loss="1*clip@long + 1*mse@long"), width, [TeacherInfo("t", 8, 50.0)])
+    loss = create_loss(LossSettings(loss=formula), width, [TeacherInfo("t", teacher_width, 50.0)])
     student = Student(tiny_towers(width=width), loss)
+    student.towers.start_logit_bias(loss.recipe.logit_bias_init)
     optimizer = create_optimizer(student, "adamw", lr=1e-2, weight_decay=0.1)
     return DDPEngine(student, optimizer, torch.device("cpu"))
 
@@ -139,6 +142,41 @@ def test_a_path_that_is_no_checkpoint_of_this_run_is_explained(tmp_path: Path) -
     assert saved is not None
     with pytest.raises(ValueError, match="does not fit this run"):
         load_checkpoint(saved, make_engine(width=8))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "found"),
+    [
+        ({}, {"formula": "1*clip@long"}, r"image_projections.0.weight is \[8, 16\], here missing, loss.terms.mse.text"),
+        ({"formula": "1*icl@long"}, {}, r"loss.terms.icl.logit_scale is \[1\], here missing, .*mse.* is missing, here"),
+        ({"formula": "1*siglip@long"}, {"formula": "1*clip@long"}, r"\(towers.logit_bias is \[1\], here missing\)"),
+        ({"formula": "1*clip@long"}, {"formula": "1*siglip@long"}, r"\(towers.logit_bias is missing, here \[1\]\)"),
+        ({}, {"teacher_width": 6}, r"is \[8, 16\], here \[6, 16\]"),
+    ],
+)
+def test_a_checkpoint_of_another_loss_is_explained(
+    then: dict[str, Any], now: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    saved = save_checkpoint(tmp_path, make_engine(**then), Position(1, 1))
+    assert saved is not None
+    remedy = f"give the same, or start a new run with --pretrained {saved}$"
+    with pytest.raises(ValueError, match=rf"was trained with another --loss or other teachers .*{found}.*; {remedy}"):
+        load_checkpoint(saved, make_engine(**now))
+
+
+def test_the_bias_of_the_logits_is_saved_with_the_weights_and_restored(tmp_path: Path) -> None:
+    engine = make_engine(formula="1*siglip@long")
+    step(engine, 0)
+    saved = save_checkpoint(tmp_path, engine, Position(1, 1))
+    assert saved is not None
+    weights = load_file(saved / WEIGHTS)
+    assert weights["logit_bias"].shape == ()
+    assert weights["logit_bias"] != -10
+    resumed = make_engine(seed=9, formula="1*siglip@long")
+    load_checkpoint(saved, resumed)
+    assert resumed.student.towers.logit_bias.tolist() == [weights["logit_bias"]]
+    assert step(resumed, 1) == step(engine, 1)
+    assert same(resumed.state_dict(), engine.state_dict())
 
 
 def test_a_state_with_code_in_it_is_not_executed(tmp_path: Path) -> None:

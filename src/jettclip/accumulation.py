@@ -29,17 +29,22 @@ class LossInput(NamedTuple):
 
     features: Features
     teacher: TeacherFeatures | None
-    identity: Identity
+    identity: Identity | None
 
 
-def loss_input(engine: Engine, batch: Batch, info: BatchInfo, teachers: Ensemble | None = None) -> LossInput:
-    """Embeds a batch, and asks the teachers about it, if there are any, on the engine's device."""
+def loss_input(
+    engine: Engine, loss: Loss, batch: Batch, info: BatchInfo, teachers: Ensemble | None = None
+) -> LossInput:
+    """Embeds a batch, asks the teachers about it, if there are any, and tells who is who in it, if the loss reads that.
+
+    What it returns lies on the engine's device.
+    """
     batch = to_device(batch, engine.device)
     features = _embed(engine, batch)
     with engine.autocast():
         taught = teachers(batch.image, batch.teacher) if teachers else batch.teacher
     assert not isinstance(taught, TeacherTokens)
-    return LossInput(features, taught, identity_of(batch, info))
+    return LossInput(features, taught, identity_of(batch, info) if loss.reads_identity else None)
 
 
 def accumulate(
@@ -47,9 +52,9 @@ def accumulate(
 ) -> tuple[LossReport, Features]:
     """Adds the gradient of one loss over all micro-batches to the parameters, with the activations of one in memory.
 
-    It is that of the one batch, `logit_scale` and the loss's own parameters included, wherever a row's features do not
-    depend on the rows beside it; see `batch_norms` for where they do. This rank's rows are those of its micro-batches,
-    one after the other.
+    It is that of the one batch, the logits' scale and bias and the loss's own parameters included, wherever a row's
+    features do not depend on the rows beside it; see `batch_norms` for where they do. This rank's rows are those of its
+    micro-batches, one after the other.
 
     Args:
         engine: whose parameters take the gradient; it is exchanged with other ranks once, in the last backward pass.
@@ -63,11 +68,11 @@ def accumulate(
     first, *others = micro_batches
     states = []
     with engine.no_sync():
-        inputs = [loss_input(engine, *first, teachers)]
+        inputs = [loss_input(engine, loss, *first, teachers)]
         with torch.no_grad(), running_statistics_kept(engine.model):
             for micro_batch in others:
                 states.append(random_state())
-                inputs.append(loss_input(engine, *micro_batch, teachers))
+                inputs.append(loss_input(engine, loss, *micro_batch, teachers))
         report, features, gradients = _cached_gradients(loss, inputs)
         engine.backward(_dot(inputs[0].features, loss, gradients[0]))
     for number, ((batch, _), state) in enumerate(zip(others, states, strict=True), start=1):
@@ -81,14 +86,14 @@ def accumulate(
 def _cached_gradients(loss: Loss, inputs: Sequence[LossInput]) -> tuple[LossReport, Features, list[list[Tensor]]]:
     """Computes the loss of all rows; returns it, their features, and a list of gradients for each micro-batch.
 
-    These are of its rows' features, and then its share of those of the logit scale and of the loss's own parameters:
-    they belong to no row, and are shared out so that the graphs of all micro-batches are alike.
+    These are of its rows' features, and then its share of those of the logits' scale and bias and of the loss's own
+    parameters: they belong to no row, and are shared out so that the graphs of all micro-batches are alike.
     """
     features, teacher, identity = _together(inputs)
-    leaves = [part.requires_grad_() for part in features if part is not None]
+    rows, shared = ([leaf.requires_grad_() for leaf in leaves] for leaves in (features.of_rows, features.of_model))
     report: LossReport = loss(features, teacher, identity)
-    gradients = torch.autograd.grad(report.total, [*leaves, *_trained(loss)], materialize_grads=True)
-    of_rows, of_shared = gradients[: len(leaves) - 1], gradients[len(leaves) - 1 :]
+    gradients = torch.autograd.grad(report.total, [*rows, *shared, *_trained(loss)], materialize_grads=True)
+    of_rows, of_shared = gradients[: len(rows)], gradients[len(rows) :]
     pieces = zip(*(gradient.split([len(one.features.image) for one in inputs]) for gradient in of_rows), strict=True)
     shares = [gradient / len(inputs) for gradient in of_shared]
     detached = Features._make(None if part is None else part.detach() for part in features)
@@ -96,8 +101,8 @@ def _cached_gradients(loss: Loss, inputs: Sequence[LossInput]) -> tuple[LossRepo
 
 
 def _dot(features: Features, loss: Loss, gradients: Sequence[Tensor]) -> Tensor:
-    """Returns a scalar of which features, logit scale and the loss's own parameters have the given gradients."""
-    values = [*(part for part in features if part is not None), *_trained(loss)]
+    """Returns a scalar of which features, the logits' scale and bias and the loss's parameters have these gradients."""
+    values = [*features.of_rows, *features.of_model, *_trained(loss)]
     return torch.stack([(value * gradient).sum() for value, gradient in zip(values, gradients, strict=True)]).sum()
 
 
@@ -132,11 +137,11 @@ def _embed(engine: Engine, batch: Batch) -> Features:
 @torch.no_grad()
 def _together(inputs: Sequence[LossInput]) -> LossInput:
     features, teacher, identity = zip(*inputs, strict=True)
-    scale = features[0].logit_scale.detach()
+    scale, bias = features[0].logit_scale.detach(), features[0].logit_bias
     return LossInput(
-        _concatenated(features)._replace(logit_scale=scale),
+        _concatenated(features)._replace(logit_scale=scale, logit_bias=None if bias is None else bias.detach()),
         None if teacher[0] is None else _concatenated(teacher),
-        _concatenated(identity),
+        None if identity[0] is None else _concatenated(identity),
     )
 
 

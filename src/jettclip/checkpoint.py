@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from jettclip.engine.base import Engine
 from jettclip.models.checkpoints import WEIGHTS
@@ -36,6 +37,7 @@ from jettclip.seeding import random_state, set_random_state
 STATE = "state.pt"
 MANIFEST = "checkpoint.json"
 _TOWERS, _LOSS = "towers.", "loss."
+_SCALARS = ("logit_scale", "logit_bias")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def save_checkpoint(
         return None
     student = {name: tensor.detach().cpu().contiguous() for name, tensor in state.pop("student").items()}
     towers = {name.removeprefix(_TOWERS): t for name, t in student.items() if name.startswith(_TOWERS)}
-    towers["logit_scale"] = towers["logit_scale"].reshape(())  # 0-D, as OpenCLIP has it
+    towers |= {name: towers[name].reshape(()) for name in _SCALARS if name in towers}  # 0-D, as OpenCLIP has them
     state["loss"] = {name.removeprefix(_LOSS): t for name, t in student.items() if name.startswith(_LOSS)}
     state["random"] = random_states
 
@@ -116,12 +118,13 @@ def load_checkpoint(path: Path, engine: Engine) -> Position:
     try:
         towers = load_file(path / WEIGHTS)
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        towers["logit_scale"] = towers["logit_scale"].reshape(1)
+        towers |= {name: towers[name].reshape(1) for name in _SCALARS if name in towers}
         state["student"] = {
             **{_TOWERS + name: tensor for name, tensor in towers.items()},
             **{_LOSS + name: tensor for name, tensor in state.pop("loss").items()},
         }
         random_states = state.pop("random")
+        _check_loss(path, state["student"], engine.state_dict()["student"])
         engine.load_state_dict(state)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"--resume {path} does not fit this run: {error}") from error
@@ -131,6 +134,18 @@ def load_checkpoint(path: Path, engine: Engine) -> Position:
     else:
         logging.warning(f"{path} is of {len(random_states)} ranks, this run has {ranks}: random states start anew")
     return position
+
+
+def _check_loss(path: Path, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where nothing but the loss's parameters differ, and the bias that only a sigmoid loss needs."""
+    then, now = ({name: list(value.shape) for name, value in state.items()} for state in (saved, expected))
+    others = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if others and all(name.startswith(_LOSS) or name == f"{_TOWERS}logit_bias" for name in others):
+        found = ", ".join(f"{name} is {then.get(name, 'missing')}, here {now.get(name, 'missing')}" for name in others)
+        raise ValueError(
+            f"it was trained with another --loss or other teachers ({found}); give the same, "
+            f"or start a new run with --pretrained {path}"
+        )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

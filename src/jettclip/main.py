@@ -36,7 +36,8 @@ from jettclip.engine.optimizer import optimizer_options
 from jettclip.evaluate.runner import Evaluator, Metrics
 from jettclip.interrupt import interruptible
 from jettclip.losses.factory import create_loss
-from jettclip.losses.formula import find_recipe, teacher_parts_of
+from jettclip.losses.formula import check_teacher_scales, find_recipe, teacher_parts_of
+from jettclip.losses.unused import find_unused
 from jettclip.models.checkpoints import check_description, describe, load_weights
 from jettclip.models.config import get_model_config
 from jettclip.models.two_towers import TwoTowers
@@ -96,7 +97,9 @@ def run(options: Options, place: Place) -> None:
 
     loss = create_loss(options.loss, model.embed_dim, teachers.infos if teachers else train_data.teachers)
     logging.info(f"Loss: {loss.description}")
-    model.start_logit_scale(loss.recipe.logit_scale_init)
+    is_loaded = bool(args.pretrained)  # with a scale of its own, and perhaps a bias
+    model.start_logit_scale(None if is_loaded and loss.recipe.keeps_checkpoint_scale else loss.recipe.logit_scale_init)
+    model.start_logit_bias(loss.recipe.logit_bias_init, keep=is_loaded)
     engine, optimizer = build_engine(args, model, loss, place)
     done = load_checkpoint(resumed, engine) if resumed else Position(0, 0)
     epoch_steps = train_data.num_batches // args.accum_freq
@@ -150,7 +153,7 @@ def find_mistakes(options: Options) -> list[str]:
     """Returns the mistakes that only the components can see: a wrong formula or optimizer."""
     args, found = options.args, []
     checks: list[Callable[[], object]] = [
-        lambda: find_recipe(options.loss),
+        lambda: found.extend(find_loss_mistakes(options)),
         lambda: optimizer_options(args.opt, beta1=args.beta1, beta2=args.beta2, eps=args.eps, momentum=args.momentum),
     ]
     for check in checks:
@@ -158,24 +161,45 @@ def find_mistakes(options: Options) -> list[str]:
             check()
         except ValueError as mistake:
             found.append(str(mistake))
-    if not found and args.train_data:
-        parts = teacher_parts_of(find_recipe(options.loss))
-        teachers = {
-            "--features": options.data.features,
-            "--distill-model": args.distill_model,
-            "--dataset-reinforcement": options.data.dataset_reinforcement,
-        }
-        if parts and not any(teachers.values()):
-            found.append(f"--loss {options.loss.loss!r} distils; name a store with --features, or a --distill-model")
-        if options.data.dataset_reinforcement_mix_synthetic and "short" in parts:
-            found.append(
-                f"--loss {options.loss.loss!r} distils on short captions, and --dataset-reinforcement-mix-synthetic "
-                "leaves one caption an image, the long one; try 1*kd@long"
-            )
-        for flag, given in teachers.items():
-            if given and not parts:
-                found.append(f"{flag} {given!r} goes unused by --loss {options.loss.loss!r}; try jettclip")
     return found or find_embedding_mistakes(options)
+
+
+def find_loss_mistakes(options: Options) -> list[str]:
+    """Returns the mistakes about what the loss reads: settings that it does not, and teachers.
+
+    Raises:
+        ValueError: if the settings make no loss, or its teachers are of another number.
+    """
+    if options.loss.problems():
+        return []  # which are known, and a recipe of them is none
+    found = find_unused(options.loss)
+    if found or not options.args.train_data:
+        return found
+    recipe = find_recipe(options.loss)
+    parts = teacher_parts_of(recipe)
+    teachers = {
+        "--features": options.data.features,
+        "--distill-model": options.args.distill_model,
+        "--dataset-reinforcement": options.data.dataset_reinforcement,
+    }
+    if parts and not any(teachers.values()):
+        found.append(f"--loss {options.loss.loss!r} distils; name a store with --features, or a --distill-model")
+    if options.data.dataset_reinforcement_mix_synthetic and "short" in parts:
+        found.append(
+            f"--loss {options.loss.loss!r} distils on short captions, and --dataset-reinforcement-mix-synthetic "
+            "leaves one caption an image, the long one; try 1*kd@long"
+        )
+    for flag, given in teachers.items():
+        if given and not parts:
+            remedy = "--loss '1*siglip@long + 1*kd@long'" if options.args.siglip else "jettclip"
+            found.append(f"{flag} {given!r} goes unused by --loss {options.loss.loss!r}; try {remedy}")
+    names = comma_separated(options.args.distill_model) or options.data.feature_stores
+    if options.data.dataset_reinforcement:
+        names = [f"{width} wide" for width in options.data.distill_teacher_dimension]
+    may_be_more = bool(options.data.features)  # a store may hold those of several
+    if parts and names and not (may_be_more and len(recipe.teacher_scale) >= len(names)):
+        check_teacher_scales(recipe.teacher_scale, names)
+    return found
 
 
 def find_embedding_mistakes(options: Options) -> list[str]:

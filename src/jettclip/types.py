@@ -75,6 +75,17 @@ class Features(NamedTuple):
     short: Tensor | None  # [b, D]
     long: Tensor | None  # [b, D]
     logit_scale: Tensor  # [1]
+    logit_bias: Tensor | None = None  # [1], of a model trained by a sigmoid loss
+
+    @property
+    def of_rows(self) -> list[Tensor]:
+        """What has a row for each of the batch."""
+        return [part for part in (self.image, self.short, self.long) if part is not None]
+
+    @property
+    def of_model(self) -> list[Tensor]:
+        """What all rows share: the scale, and the bias if there is one."""
+        return [part for part in (self.logit_scale, self.logit_bias) if part is not None]
 
 
 class Pair(NamedTuple):
@@ -103,7 +114,7 @@ class LossReport(NamedTuple):
     """What is optimised, apart from what is only reported."""
 
     total: Tensor  # scalar, the only thing that is differentiated
-    terms: dict[str, Tensor]  # detached scalars by name, unweighted: {"clip@long": ...}
+    terms: dict[str, Tensor]  # detached scalars by name, unweighted: {"clip@long": ...}, and others to be watched
 
 
 def at_least_float32(features: Tensor) -> Tensor:

@@ -27,7 +27,10 @@ def student_of(formula: str, dtype: torch.dtype = torch.float32) -> Student:
     torch.manual_seed(5)
     settings = LossSettings(formula, pca_components=3, pca_scope="global")
     teachers = [TeacherInfo("teacher", TEACHER_WIDTH, 30.0)]
-    return Student(tiny_towers(width=WIDTH), create_loss(settings, WIDTH, teachers)).to(dtype)
+    towers = tiny_towers(width=WIDTH)
+    loss = create_loss(settings, WIDTH, teachers)
+    towers.start_logit_bias(loss.recipe.logit_bias_init)
+    return Student(towers, loss).to(dtype)
 
 
 def batch_of(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, TeacherFeatures]:
@@ -76,7 +79,7 @@ def trained_on_a_rank(formula: str, static_graph: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("static_graph", [False, True])
-@pytest.mark.parametrize("formula", [EVERY_TERM, "clip@long", "1*mse@long"])
+@pytest.mark.parametrize("formula", [EVERY_TERM, "clip@long", "1*mse@long", "siglip@long + clip@short"])
 def test_ranks_train_what_one_process_trains_on_the_whole_batch(formula: str, static_graph: bool) -> None:
     student = student_of(formula, torch.float64)
     start = parameters_of(student)
@@ -99,7 +102,7 @@ def test_precision_is_the_towers_and_the_loss_stays_in_float32(precision: str, d
     with engine.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     features = take_steps(engine, 12)  # the gradient scaler finds its scale by skipping steps
-    assert {part.dtype for part in features} == {torch.float32}
+    assert {part.dtype for part in (*features.of_rows, *features.of_model)} == {torch.float32}
     assert {parameter.dtype for parameter in engine.student.parameters()} == {torch.float32}
     assert not any(torch.equal(before[name], after) for name, after in parameters_of(engine.student).items())
 

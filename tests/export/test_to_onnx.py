@@ -111,6 +111,16 @@ def test_captions_of_all_lengths_are_compared(tmp_path: Path, monkeypatch: pytes
     assert set(asked) == {("image", 1, 3), ("image", 3, 3), *texts}
 
 
+def test_scale_and_bias_of_the_logits_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_onnx, "_write", lambda encoder, *_: encoder)
+    model = model_with("causal")
+    assert "logit_bias" not in export_onnx(model, CONFIG, tmp_path)
+    model.start_logit_scale(111)
+    model.start_logit_bias(-12.5)
+    report = export_onnx(model, CONFIG, tmp_path)
+    assert (report["logit_scale"], report["logit_bias"]) == (pytest.approx(111), -12.5)
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(name: str) -> Any:
         return None if name.startswith("onnx") and name != "onnx" else importlib.util.find_spec(name)

@@ -107,11 +107,21 @@ def test_openclip_loads_the_folder_with_its_tokenizer_and_transform(
     check_equal(theirs, model, transform, open_clip.get_tokenizer(place))
 
 
-def test_a_logit_bias_goes_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_a_bias_there", [False, True])
+def test_a_logit_bias_goes_along(has_a_bias_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if has_a_bias_there:
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS["tiny"], "init_logit_bias", -10)
     model = trained("tiny")
-    model.logit_bias = torch.nn.Parameter(torch.tensor([-7.5]))
-    export_hf(model, get_model_config("tiny"), tmp_path)
-    assert float(open_clip.create_model(f"local-dir:{tmp_path}").logit_bias.detach()) == -7.5
+    model.start_logit_bias(-7.5)
+    monkeypatch.chdir(tmp_path)
+    report = export_openclip(model, get_model_config("tiny"), tmp_path)
+    theirs, _, _ = eval(report["load"], {"open_clip": open_clip})
+    assert float(theirs.logit_bias.detach()) == -7.5
+    (tmp_path / "hf").mkdir()
+    export_hf(model, get_model_config("tiny"), tmp_path / "hf")
+    assert float(open_clip.create_model("local-dir:hf").logit_bias.detach()) == -7.5
+    files = [tmp_path / "open_clip_model.safetensors", tmp_path / "hf/open_clip_model.safetensors"]
+    assert [load_file(path)["logit_bias"].tolist() for path in files] == [-7.5, -7.5]
 
 
 def test_a_248_token_model_of_ours_is_loaded_under_openclips_name(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ ROWS, WIDTH = 12, 8
 def features_of(dtype: torch.dtype, mine: slice = slice(None)) -> Features:
     torch.manual_seed(1)
     image, text = (unit_rows(ROWS, WIDTH, dtype)[mine].clone().requires_grad_() for _ in range(2))
-    return Features(image, None, text, torch.tensor([10.0], dtype=dtype, requires_grad=True))
+    scale, bias = (torch.tensor([value], dtype=dtype, requires_grad=True) for value in (10.0, -10.0))
+    return Features(image, None, text, scale, bias)
 
 
 def compared(dtype: torch.dtype, tile: str, impl: str, rank: int, world_size: int) -> list[list[Tensor]]:
@@ -27,13 +28,12 @@ def compared(dtype: torch.dtype, tile: str, impl: str, rank: int, world_size: in
     for ours in (True, False):
         features = features_of(dtype, slice(rank * size, (rank + 1) * size))
         loss = create_loss(LossSettings("siglip", loss_tile=tile), WIDTH).to(dtype)
-        bias = loss.terms["siglip"].bias
-        inputs = [features.image, features.long, features.logit_scale, bias]
+        inputs = [features.image, features.long, features.logit_scale, features.logit_bias]
         if ours:
             value = loss(features).total
         else:
             openclips = SigLipLoss(rank=rank, world_size=world_size, dist_impl=impl)
-            value = openclips(features.image, features.long, features.logit_scale, bias)
+            value = openclips(*inputs)
         results.append([value.detach(), *torch.autograd.grad(value, inputs)])
     return results
 
@@ -56,7 +56,9 @@ def test_on_every_rank_they_are_openclips_however_it_exchanges(impl: str) -> Non
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_the_bias_starts_where_siglips_does_and_is_saved() -> None:
-    state = create_loss(LossSettings("siglip"), WIDTH).state_dict()
-    assert list(state) == ["terms.siglip.bias"]
-    assert state["terms.siglip.bias"].tolist() == [-10.0]
+def test_the_bias_is_the_models_and_is_reported() -> None:
+    loss, features = create_loss(LossSettings("siglip"), WIDTH), features_of(torch.float32)
+    assert not list(loss.parameters())
+    assert loss(features).terms["bias@siglip"] == -10
+    with pytest.raises(ValueError, match="needs a model with a bias of the logits"):
+        loss(features._replace(logit_bias=None))

@@ -78,6 +78,24 @@ def test_the_scale_starts_where_it_is_told() -> None:
     torch.testing.assert_close(model.logit_scale.exp().detach(), torch.tensor([100.0]))
 
 
+def test_a_bias_of_the_logits_is_there_and_trained_for_a_loss_that_needs_one() -> None:
+    model = tiny_towers()
+    model.start_logit_bias(None)
+    assert model(pixels(), IDS).logit_bias is None
+    assert "logit_bias" not in model.state_dict()
+    model.start_logit_bias(-10, keep=True)  # there is nothing to keep
+    features = model(pixels(), IDS)
+    assert features.logit_bias.tolist() == [-10]
+    assert torch.autograd.grad(features.logit_bias.sum(), model.logit_bias)[0].tolist() == [1]
+    model.start_logit_bias(-5)
+    assert features.logit_bias.tolist() == [-10]  # what it was then
+    model.logit_bias.requires_grad_(False)
+    model.start_logit_bias(-10, keep=True)
+    assert model.logit_bias.tolist() == [-5]
+    assert model.logit_bias.requires_grad
+    assert "logit_bias" in model.no_weight_decay()
+
+
 def test_statistics_travel_with_the_model_but_not_with_its_weights() -> None:
     model = tiny_towers()
     assert not {"mean", "std"} & set(model.state_dict())
@@ -204,7 +222,7 @@ def test_a_compiled_model_is_the_model(text_tower: str) -> None:
     assert model.text.token_embedding.weight.grad is not None
 
 
-def test_siglips_bias_is_kept_and_not_trained() -> None:
+def test_siglips_bias_is_kept_and_not_trained_before_a_loss_needs_it() -> None:
     model = meta_model("ViT-B-16-SigLIP")
     reference = open_clip.get_model_config("ViT-B-16-SigLIP")
     assert model.logit_bias.shape == (1,)

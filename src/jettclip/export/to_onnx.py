@@ -69,7 +69,7 @@ def export_onnx(model: TwoTowers, config: ModelConfig, folder: Path) -> dict[str
         "image_input": f"float32 [batch, {', '.join(map(str, image.shape[1:]))}], RGB in 0..1",
         "text_input": f"float32 [batch, {text.shape[1]}]" if model.embedding_width else "int64 [batch, length]",
         "logit_scale": float(model.logit_scale.detach().exp()),
-        **({"logit_bias": float(model.logit_bias.detach())} if hasattr(model, "logit_bias") else {}),
+        **({} if model.logit_bias is None else {"logit_bias": float(model.logit_bias.detach())}),
     }
 
 

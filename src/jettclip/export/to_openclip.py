@@ -34,6 +34,8 @@ def export_openclip(model: TwoTowers, config: ModelConfig, folder: Path) -> dict
         options["force_image_size"] = model.preprocess_cfg["size"]
     if model.quick_gelu and not theirs.get("quick_gelu"):
         options["force_quick_gelu"] = True
+    if model.logit_bias is not None:  # which OpenCLIP loads into a model that has one, and takes from the file
+        options["init_logit_bias"] = float(model.logit_bias.detach())
     has_own_text_module = theirs.get("custom_text") or "hf_model_name" in theirs["text_cfg"]
     state = _openclip_state(model)
     if not has_own_text_module:  # class CLIP, with the text tower at the root
@@ -63,7 +65,7 @@ def export_hf(model: TwoTowers, config: ModelConfig, folder: Path) -> dict[str, 
         "quick_gelu": model.quick_gelu,
         "custom_text": True,  # class CustomTextCLIP, whose keys are ours
     }
-    if hasattr(model, "logit_bias"):
+    if model.logit_bias is not None:
         described["init_logit_bias"] = float(model.logit_bias.detach())
     content = {"model_cfg": described, "preprocess_cfg": _preprocessing(model)}
     (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")

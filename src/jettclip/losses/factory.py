@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jettclip.losses.coarse import Coarsening
@@ -26,12 +25,12 @@ from jettclip.losses.matching import STUDENT, TEACHER, Matching
 from jettclip.losses.pairwise.block import Margin
 from jettclip.losses.pairwise.choice import Pairwise
 from jettclip.losses.positives import Identities
-from jettclip.losses.presets import Recipe
 from jettclip.losses.siglip import SiglipTerm
 from jettclip.losses.softmax import SoftmaxTerms
-from jettclip.losses.view import Matches, View, whole
+from jettclip.losses.teachers import Teachers, parts_of_model
+from jettclip.losses.view import COARSE, Matches, View, whole
 from jettclip.settings import LossSettings
-from jettclip.types import Features, Identity, LossReport, TeacherFeatures, TeacherInfo, at_least_float32
+from jettclip.types import Features, Identity, LossReport, TeacherFeatures, TeacherInfo
 
 
 class Loss(nn.Module):
@@ -55,23 +54,17 @@ class Loss(nn.Module):
         self.summands = parse_formula(recipe.formula)
         self.contrasted = [summand.view for summand in self.summands if summand.term == "clip"]
         self.views, self.teacher_parts = views_of(recipe), teacher_parts_of(recipe)
-        self.needs_identity, self.margin_weight = settings.multi_positive, settings.clip_margin
-        if self.teacher_parts and not teachers:
-            raise ValueError(
-                f"--loss {settings.loss!r} distils from a teacher, but there is none; "
-                "name a feature store with --features, or a model with --distill-model"
-            )
-        self.teachers = list(teachers) if self.teacher_parts else []
-        self.teacher_scales = _scales_of(self.teachers, recipe)
+        self.needs_identity, self.margin_weight = recipe.multi_positive, recipe.clip_margin
+        self.teachers = Teachers(recipe, teachers)
         pairwise = Pairwise(settings.loss_tile)
-        coarsen = Coarsening(recipe, is_global=settings.pca_scope == "global", detach=settings.pca_detach)
+        coarsen = Coarsening(recipe, is_global=recipe.pca_scope == "global", detach=recipe.pca_detach)
         distilled = [summand for summand in self.summands if summand.term in TEACHER_TERMS]
         dense, captions = pairwise.is_dense, self.margin_weight > 0
         self.match = Matching(self.summands, recipe, coarsen, STUDENT, with_captions=captions, keeps_whole=dense)
         self.match_teacher = Matching(distilled, recipe, coarsen, TEACHER, keeps_whole=dense)
         self.softmax_terms = SoftmaxTerms(pairwise, recipe.label_smoothing)
         self.terms = nn.ModuleDict()
-        widths = embed_dim, [teacher.width for teacher in self.teachers], settings.mse_projection
+        widths = embed_dim, self.teachers.widths, recipe.mse_projection
         for name in dict.fromkeys(summand.term for summand in self.summands):
             if name in DISTANCES:
                 self.terms[name] = DistanceTerm(name, *widths)
@@ -85,9 +78,12 @@ class Loss(nn.Module):
     @property
     def description(self) -> str:
         """The formula that this loss stands for, and its constants, in words."""
-        margin = f"; clip margin {self.margin_weight:g}" if self.margin_weight else ""
-        positives = "; what shares an image or a caption is positive" if self.needs_identity else ""
-        return describe(self.recipe) + margin + positives
+        return describe(self.recipe)
+
+    @property
+    def reads_identity(self) -> bool:
+        """Tells whether `forward` makes anything of who is who: of positives, or of the floor of a clip term."""
+        return self.needs_identity or bool(self.contrasted)
 
     def forward(
         self, features: Features, teacher: TeacherFeatures | None = None, identity: Identity | None = None
@@ -101,21 +97,24 @@ class Loss(nn.Module):
 
         Returns:
             the weighted sum, in float32 at least, and each term's own value; with identities also ``floor@VIEW``, which
-            a clip term that takes equal captions for negatives cannot go below.
+            a clip term that takes equal captions for negatives cannot go below, and which captions rebuilt from each
+            rank's own principal components do not have, since equal ones then differ from rank to rank; and what terms
+            learn beside the logit scale, ``bias@siglip`` and ``scale@icl``.
 
         Raises:
             ValueError: if the student or the teacher lacks a view that the formula names, or identities are needed.
         """
         with torch.autocast(features.image.device.type, enabled=False):
-            student = self.match(_parts(features, ("image", *self.views), "the student"), features.logit_scale)
-            taught = [self.match_teacher(*one) for one in self._split(teacher)]
+            student = self.match(parts_of_model(features, ("image", *self.views), "the student"), features.logit_scale)
+            taught = [self.match_teacher(*one) for one in self.teachers.split(teacher)]
             identities = self._identities(identity)
             values: dict[str, Tensor] = {}
             for view, matches in student.items():
                 caption = self.recipe.caption_of(view)
                 positives = identities.positives(caption) if identities and self.needs_identity else None
                 margin = self._margin(matches, caption)
-                seen = View(matches, [one[view] for one in taught if view in one], positives, margin)
+                teachers = [one[view] for one in taught if view in one]
+                seen = View(matches, teachers, positives, margin, features.logit_bias)
                 values |= {f"{term}@{view}": value for term, value in self._values(seen, view).items()}
             total = features.logit_scale.sum() * 0  # DistributedDataParallel wants every parameter in the graph
             for weight, term, view in self.summands:
@@ -123,9 +122,21 @@ class Loss(nn.Module):
             reported = {f"{term}@{view}": values[f"{term}@{view}"].detach() for _, term, view in self.summands}
             if identities and not self.needs_identity:
                 reported |= {
-                    f"floor@{view}": identities.floor(self.recipe.caption_of(view)) for view in self.contrasted
+                    f"floor@{view}": identities.floor(self.recipe.caption_of(view))
+                    for view in self.contrasted
+                    if student[view].parts.text != COARSE or self.match.coarsen.is_shared
                 }
-        return LossReport(total, reported)
+        return LossReport(total, reported | self._learned(features))
+
+    def _learned(self, features: Features) -> dict[str, Tensor]:
+        """Returns the numbers that terms learn beside the logit scale, to be watched."""
+        learned = {}
+        if "siglip" in self.terms and features.logit_bias is not None:
+            learned["bias@siglip"] = features.logit_bias.detach().squeeze()
+        for term in self.terms.values():
+            if isinstance(term, IclTerm):
+                learned["scale@icl"] = term.logit_scale.detach().exp().squeeze()
+        return learned
 
     def _values(self, seen: View, view: str) -> dict[str, Tensor]:
         terms = [summand.term for summand in self.summands if summand.view == view]
@@ -143,25 +154,9 @@ class Loss(nn.Module):
             raise ValueError(
                 "--multi-positive must be told who is who in a batch, but there is no identity of its rows"
             )
-        if identity is None or not (self.needs_identity or self.contrasted):
+        if identity is None or not self.reads_identity:
             return None
         return Identities(identity, self.views)
-
-    def _split(self, teacher: TeacherFeatures | None) -> list[tuple[dict[str, Tensor], float]]:
-        """Separates the teachers' columns, and scales the rows, perhaps stored in bfloat16, to unit length."""
-        if not self.teachers:
-            return []
-        if teacher is None:
-            raise ValueError(f"--loss {self.recipe.formula!r} distils, but the batch has no teacher features")
-        widths = [one.width for one in self.teachers]
-        parts = {
-            name: at_least_float32(rows.detach()).split(widths, dim=1)
-            for name, rows in _parts(teacher, self.teacher_parts, "the teacher").items()
-        }
-        return [
-            ({name: F.normalize(columns[index], dim=1) for name, columns in parts.items()}, scale)
-            for index, scale in enumerate(self.teacher_scales)
-        ]
 
 
 def create_loss(settings: LossSettings, embed_dim: int, teachers: Sequence[TeacherInfo] = ()) -> Loss:
@@ -176,25 +171,3 @@ def create_loss(settings: LossSettings, embed_dim: int, teachers: Sequence[Teach
         ValueError: if the formula is wrong, or needs a teacher and there is none.
     """
     return Loss(settings, embed_dim, teachers)
-
-
-def _scales_of(teachers: Sequence[TeacherInfo], recipe: Recipe) -> list[float]:
-    """Returns S of each teacher."""
-    scales = recipe.teacher_scale
-    if len(scales) > 1 and teachers and len(scales) != len(teachers):
-        raise ValueError(
-            f"--teacher-scale {' '.join(f'{scale:g}' for scale in scales)} must be one for all or one for each of the "
-            f"{len(teachers)} teachers, {', '.join(teacher.name for teacher in teachers)}"
-        )
-    return list(scales) * (len(teachers) // len(scales)) if scales else [teacher.logit_scale for teacher in teachers]
-
-
-def _parts(features: Features | TeacherFeatures, names: Sequence[str], whose: str) -> dict[str, Tensor]:
-    parts = {name: getattr(features, name) for name in names}
-    missing = [name for name, rows in parts.items() if rows is None]
-    if missing:
-        raise ValueError(
-            f"--loss needs {', '.join(names)} features of {whose}, but the batch has no {' and '.join(missing)} ones; "
-            "name views the data has, clip@long or clip@short"
-        )
-    return parts

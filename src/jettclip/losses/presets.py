@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Recipe(NamedTuple):
-    """A formula with the constants it is published with; scales are S = exp(logit_scale)."""
+    """A formula with the constants it is published with, and its options; scales are S = exp(logit_scale)."""
 
     formula: str
     label_smoothing: float = 0.0
@@ -16,6 +16,13 @@ class Recipe(NamedTuple):
     pca_components: int = 32  # of the features that the short view sees; 0: all
     pca_variance: float | None = None  # instead of a number of components: the share of the variance that they hold
     pca_side: str = "image"  # whose features those are; "text": the long captions'
+    keeps_checkpoint_scale: bool = False  # start at logit_scale_init only without a checkpoint, which has a scale
+    logit_bias_init: float | None = None  # of the siglip term, without a checkpoint; None: there is no such term
+    mse_projection: str = "linear"  # from the student's features to a teacher's; "auto": if their widths differ; "none"
+    pca_scope: str = "local"
+    pca_detach: bool = False
+    clip_margin: float = 0.0
+    multi_positive: bool = False
 
     @property
     def has_pca(self) -> bool:
@@ -43,16 +50,22 @@ PRESETS = {
     # arXiv 2311.17049, equations 2 to 4 with lambda = 1, as for S0 to S2: summed over the real captions, which are the
     # long view, and the synthetic ones, which are the short view and paired with whole image features too
     "mobileclip-dr": Recipe("1*kd@long + 1*kd@short", pca_components=0),
-    # arXiv 2307.12732 and its code (github.com/winycg/CLIP-KD): CRD, ICL and FD beside the contrastive loss
-    "clip-kd": Recipe("1*clip@long + 1*crd@long + 1*icl@long + 2000*fd@long", logit_scale_init=1 / 0.07),
+    # arXiv 2307.12732 and its code (github.com/winycg/CLIP-KD): CRD, ICL and FD beside the contrastive loss, with a
+    # linear map for the last two only where widths differ; S is set before a checkpoint is loaded
+    "clip-kd": Recipe(
+        "1*clip@long + 1*crd@long + 1*icl@long + 2000*fd@long",
+        logit_scale_init=1 / 0.07,
+        keeps_checkpoint_scale=True,
+        mse_projection="auto",
+    ),
     # arXiv 2411.04997 and its code (github.com/microsoft/LLM2CLIP): CLIP's own loss, from S = 1/0.07 although the image
     # tower is trained already; long and short captions are mixed by the data
     "llm2clip": Recipe("1*clip@long", logit_scale_init=1 / 0.07),
     # arXiv 2602.22419: Long-CLIP's with other weights; what it does to short captions is the data's
     # (--short-caption-policy)
     "debias": Recipe("0.9*clip@long + 0.1*clip@short", 0.1, logit_scale_init=100.0, logit_scale_max=0.0),
-    # arXiv 2303.15343, section 3.2; OpenCLIP limits S as for CLIP
-    "siglip": Recipe("1*siglip@long", logit_scale_init=10.0),
+    # arXiv 2303.15343, section 3.2; OpenCLIP limits S as for CLIP, and sets S and bias before a checkpoint is loaded
+    "siglip": Recipe("1*siglip@long", logit_scale_init=10.0, keeps_checkpoint_scale=True, logit_bias_init=-10.0),
     # arXiv 2511.06653 and its code (github.com/UnicomAI/HiMo-CLIP): images with long captions, and with what their
     # components of 0.9 of the variance hold
     "himo-clip": Recipe(

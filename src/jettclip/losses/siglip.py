@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from jettclip.losses.pairwise.choice import Pairwise
 from jettclip.losses.view import View
 
-BIAS = -10.0
-"""To start with: nearly all pairs are negative, and the first steps need not learn that."""
-
 
 class SiglipTerm(nn.Module):
     """Binary cross-entropy of every pair of the batch (SigLIP, arXiv 2303.15343, section 3.2).
 
-    The bias of the logits is a parameter of the loss, trained and saved with the model.
+    The bias of the logits is the model's, beside its scale: trained, saved, and exported with it.
 
     Args:
         pairwise: how similarities are computed.
@@ -24,8 +20,13 @@ class SiglipTerm(nn.Module):
     def __init__(self, pairwise: Pairwise) -> None:
         super().__init__()
         self.pairwise = pairwise
-        self.bias = nn.Parameter(torch.tensor([BIAS]))
 
     def forward(self, view: View) -> Tensor:
-        """Returns the sum over all columns, and the mean over this rank's rows, a scalar."""
-        return self.pairwise.sigmoid_term(view.student.block, self.bias, positives=view.positives)
+        """Returns the sum over all columns, and the mean over this rank's rows, a scalar.
+
+        Raises:
+            ValueError: if the model has no bias.
+        """
+        if view.bias is None:
+            raise ValueError("the siglip term needs a model with a bias of the logits; call its start_logit_bias(-10)")
+        return self.pairwise.sigmoid_term(view.student.block, view.bias, positives=view.positives)

@@ -76,6 +76,7 @@ class View:
     teachers: Sequence[Matches] = ()
     positives: Positives | None = None
     margin: Margin | None = None
+    bias: Tensor | None = None  # [1], of the student's logits
 
 
 def whole(features: Tensor | Components) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from jettclip import openclip
 from jettclip.models.importers import State, format_of
@@ -97,7 +97,8 @@ def load_weights(model: TwoTowers, weights: Weights | Path, settings: ModelSetti
     """Loads a checkpoint into a model.
 
     Text positions for fewer tokens than the model's are stretched (`stretch_positions`), the image positions of a
-    native ViT are resized by OpenCLIP.
+    native ViT are resized by OpenCLIP. A bias of the logits comes with the checkpoint, also to a model that had none;
+    where the checkpoint has none, the model keeps its own.
 
     Args:
         model: the model.
@@ -112,6 +113,7 @@ def load_weights(model: TwoTowers, weights: Weights | Path, settings: ModelSetti
     if not model.is_reparameterized:
         _check_unfolded(weights)
     state = _for_model(weights, model)
+    _fit_bias(model, state)
     expected = model.state_dict()
     if _POSITIONS in state and _POSITIONS in expected and len(state[_POSITIONS]) < len(expected[_POSITIONS]):
         rows, length = len(state[_POSITIONS]), len(expected[_POSITIONS])
@@ -192,6 +194,14 @@ def _for_model(weights: Weights, model: TwoTowers) -> State:
     with contextlib.suppress(RuntimeError, IndexError):  # a table of no square grid; its shape will not fit
         openclip.resize_pos_embed(state, model)
     return state
+
+
+def _fit_bias(model: TwoTowers, state: State) -> None:
+    """Gives the model a bias where only the checkpoint has one, and the other way round: any model may have one."""
+    if model.logit_bias is not None:
+        state.setdefault("logit_bias", model.logit_bias.detach())
+    elif "logit_bias" in state:
+        model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale), requires_grad=False)
 
 
 def _load(model: TwoTowers, state: State, path: Path) -> None:

@@ -28,7 +28,7 @@ class ModelConfig:
     text_cfg: dict[str, Any]
     quick_gelu: bool = False
     init_logit_scale: float | None = None  # a logarithm, as in OpenCLIP
-    init_logit_bias: float | None = None  # SigLIP's; kept with the weights, no loss trains it
+    init_logit_bias: float | None = None  # SigLIP's; a sigmoid loss trains it
     # ours:
     text_tower: str = ""  # "mct", "adapter"; otherwise OpenCLIP's text transformer, or a model of transformers
     mask_padding: bool = False  # no token of a bidirectional text tower sees padding

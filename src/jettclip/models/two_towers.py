@@ -19,7 +19,8 @@ REPARAMETERIZED = "reparameterized"
 class TwoTowers(nn.Module):
     """An image tower and a text tower with one embedding space, trained on up to two captions an image.
 
-    Its parameters carry the names of OpenCLIP's ``CustomTextCLIP``: ``visual.*``, ``text.*``, ``logit_scale``.
+    Its parameters carry the names of OpenCLIP's ``CustomTextCLIP``: ``visual.*``, ``text.*``, ``logit_scale``, and
+    ``logit_bias`` if it has one.
 
     Args:
         visual: image tower, float [b, 3, H, W] to [b, D].
@@ -27,7 +28,7 @@ class TwoTowers(nn.Module):
         embed_dim: D.
         mean, std: of the pixels the image tower expects, a number a channel, for images in 0..1.
         logit_scale: S = exp(logit_scale) to start from.
-        logit_bias: SigLIP's, kept with its weights; no loss trains it. None if the model has none.
+        logit_bias: SigLIP's, to start from; it is trained from `start_logit_bias` on. None if the model has none.
         preprocess_cfg: how OpenCLIP's transforms must prepare images, for whoever uses or exports the model.
         name: of its config, and
         quick_gelu: whether its towers were built with QuickGELU instead of GELU, for whoever saves the weights.
@@ -55,7 +56,9 @@ class TwoTowers(nn.Module):
         self.name, self.quick_gelu = name, quick_gelu
         # [1], not 0-D: DeepSpeed and FSDP2 refuse 0-D parameters
         self.logit_scale = nn.Parameter(torch.full([1], math.log(logit_scale)))
-        if logit_bias is not None:  # it shifts all logits alike, which a softmax does not see
+        self.logit_bias: nn.Parameter | None
+        self.register_parameter("logit_bias", None)
+        if logit_bias is not None:  # frozen: it shifts all logits alike, which a softmax does not see
             self.logit_bias = nn.Parameter(torch.full([1], float(logit_bias)), requires_grad=False)
         self.mean: Tensor
         self.std: Tensor
@@ -125,12 +128,26 @@ class TwoTowers(nn.Module):
             None if short is None else self.encode_text(short, normalize=True),
             None if long is None else self.encode_text(long, normalize=True),
             self.logit_scale.exp(),
+            None if self.logit_bias is None else self.logit_bias.clone(),  # as of now, whatever steps follow
         )
 
     def start_logit_scale(self, scale: float | None) -> None:
         """Sets S = exp(logit_scale); None leaves it."""
         if scale is not None:
             nn.init.constant_(self.logit_scale, math.log(scale))
+
+    def start_logit_bias(self, bias: float | None, *, keep: bool = False) -> None:
+        """Has the bias of the logits trained, as a sigmoid loss needs; None leaves it as it is, or none.
+
+        Args:
+            bias: where it starts.
+            keep: start from the bias that the model has, if it has one.
+        """
+        if bias is None:
+            return
+        if self.logit_bias is None or not keep:
+            self.logit_bias = nn.Parameter(torch.full_like(self.logit_scale, bias))
+        self.logit_bias.requires_grad_()
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Stops training the image tower, but for its last groups (LiT, arXiv 2111.07991)."""
@@ -159,7 +176,7 @@ class TwoTowers(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters that weight decay must spare whatever their shape."""
-        names = {"logit_scale"}
+        names = {"logit_scale", "logit_bias"}
         trunk = getattr(self.visual, "trunk", None)  # of a timm tower
         towers: dict[str, Any] = {"visual": self.visual, "visual.trunk": trunk, "text": self.text}
         for prefix, tower in towers.items():
