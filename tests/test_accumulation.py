@@ -23,12 +23,12 @@ from support import run_ranks, tiny_towers, unit_rows
 
 CPU = torch.device("cpu")
 ROWS, WIDTH, TEACHER_WIDTHS = 12, 16, (6, 5)
-EVERY_TERM = "0.8*clip@long + 0.4*clip@short + 1.5*kd@long + 0.5*kd@short + 0.7*mse@long"
+BOTH_VIEWS = "0.8*clip@long + 0.4*clip@short + 1.5*kd@long + 0.5*kd@short + 0.7*mse@long"
 MicroBatches = list[tuple[Batch, BatchInfo]]
 
 
 def student_of(
-    formula: str = EVERY_TERM,
+    formula: str = BOTH_VIEWS,
     dtype: torch.dtype = torch.float32,
     change: Callable[[Student], object] = lambda student: None,
     **settings: Any,
@@ -36,7 +36,9 @@ def student_of(
     torch.manual_seed(5)
     teachers = [TeacherInfo(f"teacher {width}", width, 30.0) for width in TEACHER_WIDTHS]
     loss = create_loss(LossSettings(formula, pca_components=3, **settings), WIDTH, teachers)
-    student = Student(tiny_towers(width=WIDTH), loss)
+    towers = tiny_towers(width=WIDTH)
+    towers.start_logit_bias(loss.recipe.logit_bias_init)
+    student = Student(towers, loss)
     change(student)
     return student.to(dtype)
 
@@ -62,7 +64,7 @@ def big_batch(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Batch:
 
 
 def info_of(rows: Sequence[int]) -> BatchInfo:
-    return BatchInfo([f"sample{row}" for row in rows], {}, {}, {}, [row // 2 for row in rows])
+    return BatchInfo([f"sample{row}" for row in rows], {}, {}, {}, [row % 5 for row in rows])
 
 
 def cropped(ids: Tensor | None) -> Tensor | None:
@@ -84,18 +86,18 @@ def parts(batch: Batch, count: int, first: int = 0, stop: int = ROWS) -> MicroBa
 
 
 def at_once(engine: DDPEngine, batch: Batch) -> LossReport:
-    report: LossReport = engine.student.loss(*loss_input(engine, batch, info_of(range(len(batch.image)))))
+    report: LossReport = engine.student.loss(
+        *loss_input(engine, engine.student.loss, batch, info_of(range(len(batch.image))))
+    )
     engine.backward(report.total)
     return report
 
 
 def with_activations_kept(engine: DDPEngine, micro_batches: MicroBatches) -> LossReport:
     """Computes the same gradient by one backward pass, through the graphs of all micro-batches at once."""
-    inputs = [loss_input(engine, *micro_batch) for micro_batch in micro_batches]
-    features = Features(
-        *(torch.cat(columns) for columns in list(zip(*(one.features for one in inputs), strict=True))[:3]),
-        inputs[0].features.logit_scale,
-    )
+    inputs = [loss_input(engine, engine.student.loss, *micro_batch) for micro_batch in micro_batches]
+    rows = {name: torch.cat([getattr(one.features, name) for one in inputs]) for name in ("image", "short", "long")}
+    features = inputs[0].features._replace(**rows)
     teacher = TeacherFeatures(*(torch.cat(columns) for columns in zip(*(one.teacher for one in inputs), strict=True)))
     report: LossReport = engine.student.loss(features, teacher)
     engine.backward(report.total)
@@ -119,20 +121,37 @@ def assert_same(ours: Student, theirs: Student, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
-    "formula", [EVERY_TERM, "1*clip@long", "1*clip@short", "1*kd@long", "1*kd@short", "1*mse@long"]
+    ("formula", "settings"),
+    [
+        (BOTH_VIEWS, {}),
+        *(
+            (f"1*{term}@{view}", {})
+            for term in ("clip", "siglip", "kd", "crd", "icl", "mse", "fd", "cosine", "gd")
+            for view in ("long", "short")
+        ),
+        ("1*siglip@long + 0.5*siglip@short", {"multi_positive": True}),
+        ("1*clip@long + 0.5*clip@short", {"multi_positive": True, "clip_margin": 0.3}),
+        ("1*clip@long + 0.5*clip@short + 1*kd@short", {"pca_side": "text"}),
+        ("clip-kd", {}),
+    ],
 )
-def test_micro_batches_give_the_gradient_of_the_one_batch(formula: str, dtype: torch.dtype, tolerance: float) -> None:
-    batch, whole, divided = big_batch(dtype), student_of(formula, dtype), student_of(formula, dtype)
+def test_micro_batches_give_the_gradient_of_the_one_batch(
+    formula: str, settings: dict[str, Any], dtype: torch.dtype, tolerance: float
+) -> None:
+    batch, whole, divided = big_batch(dtype), *(student_of(formula, dtype, **settings) for _ in range(2))
     expected = at_once(engine_of(whole), batch)
     micro_batches = parts(batch, 3)
     assert len({one.long_caption.shape for one, _ in micro_batches if one.long_caption is not None}) == 3
     report, features = accumulate(engine_of(divided), divided.loss, micro_batches)
     assert_same(divided, whole, tolerance)
-    assert (whole.towers.logit_scale.grad != 0) == ("clip" in formula or "kd" in formula)
-    torch.testing.assert_close(report.total, expected.total, rtol=tolerance, atol=0)
-    assert report.terms.keys() == expected.terms.keys()
-    assert [len(rows) for rows in features] == [ROWS, ROWS, ROWS, 1]
-    assert not any(rows.requires_grad for rows in features)
+    assert (whole.towers.logit_scale.grad != 0) == any(
+        term in formula for term in ("clip", "siglip", "kd", "crd", "gd")
+    )
+    of_no_row = [*divided.loss.parameters(), *([divided.towers.logit_bias] if "siglip" in formula else [])]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in of_no_row)
+    torch.testing.assert_close(report, expected, rtol=tolerance, atol=0)
+    assert [len(rows) for rows in features[:4]] == [ROWS, ROWS, ROWS, 1]  # type: ignore[arg-type]
+    assert not any(rows.requires_grad for rows in features if rows is not None)
 
 
 def steps_on_a_rank(micro_batches: int, static_graph: bool) -> tuple[dict[str, Tensor], list[int]]:

@@ -11,6 +11,7 @@ import torch
 from jettclip import get_tokenizer
 from jettclip.build import (
     Place,
+    build_detectors,
     build_engine,
     build_evaluator,
     build_schedule,
@@ -163,6 +164,37 @@ def test_micro_batches_of_a_tower_with_batch_norm_are_warned_of(caplog: pytest.L
         build_engine(parse(*flags), towers, create_loss(LossSettings("clip@long"), towers.embed_dim), PLACE)
         assert caplog.text.count("--accum-freq 4: the 1 BatchNorm layers of Nano-248 normalise by") == warnings
         assert caplog.text.count("not that of one batch of 32 rows") == warnings
+
+
+def test_one_rank_warns_for_all(caplog: pytest.LogCaptureFixture) -> None:
+    args, said = parse("--accum-freq", "4", "--precision", "amp"), []
+    for rank in (0, 1):
+        caplog.clear()
+        towers = tiny_towers()
+        towers.visual = torch.nn.Sequential(torch.nn.BatchNorm2d(3), *towers.visual)
+        loss = create_loss(LossSettings("clip@long"), towers.embed_dim)
+        build_engine(args, towers, loss, PLACE._replace(rank=rank, world_size=2))
+        said.append(sum(record.levelno >= logging.WARNING for record in caplog.records))
+    assert said == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "batch", "warmup", "limits"),
+    [
+        (["--warmup", "70", "--loss", "openclip"], 4, 70, (1.0, 100.0)),
+        (["--warmup", "70", "--accum-freq", "3", "--logit-scale-max", "50"], 12, 70, (1.0, 50.0)),
+        (["--warmup", "70", "--skip-scheduler", "--logit-scale-max", "0"], 4, 0, None),
+        (["--loss", "longclip"], 4, 10000, None),
+    ],
+)
+def test_detectors_know_the_run_that_they_watch(
+    flags: list[str], batch: int, warmup: int, limits: tuple[float, float] | None
+) -> None:
+    options = parse_args(["--train-data", "x.tar", "--model", "Nano-248", "--batch-size", "4", *flags])
+    loss = create_loss(options.loss, 16)
+    for ranks in (1, 2):
+        detectors = build_detectors(options.args, loss, Place(torch.device("cpu"), ranks - 1, ranks))
+        assert (detectors.global_batch, detectors.warmup, detectors.scale_limits) == (batch * ranks, warmup, limits)
 
 
 def test_captions_whose_end_cannot_be_told_are_not_truncated() -> None:

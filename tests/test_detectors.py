@@ -111,6 +111,12 @@ def test_the_interval_in_which_warmup_ends_does_not_count() -> None:
     assert message.startswith(f"step {200 + PATIENCE}: {STUCK}. For {PATIENCE} ")
 
 
+def test_collapse_counts_in_warmup_too() -> None:
+    detectors = Detectors(BATCH, warmup=10 * PATIENCE)
+    (message,) = run(detectors, 2 * LONG, image=POINT, loss=math.log(BATCH), scale=100.0)
+    assert message.startswith(f"step {PATIENCE}: image features collapsed to a point")
+
+
 def test_what_comes_back_is_told_again_and_what_pauses_is_counted_anew() -> None:
     detectors = Detectors(BATCH)
     stuck = math.log(BATCH)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,14 +18,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from jettclip import main as main_module
-from jettclip.checkpoint import save_checkpoint
+from jettclip.checkpoint import STATE, save_checkpoint
+from jettclip.data.features import digest, store_path, write_store
 from jettclip.main import main
 from jettclip.models import config
 from jettclip.models.factory import create_model
 from jettclip.models.positions import stretch_positions
 from jettclip.models.two_towers import TwoTowers
 from jettclip.report import METRICS, read_metrics
-from support import sample, write_shard, write_shards
+from stores import info
+from support import caption, picture, sample, unit_rows, write_shard, write_shards
 
 CONFIGS = config.FOLDER
 
@@ -118,7 +121,10 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
 
 
 def test_a_run_with_micro_batches_takes_fewer_steps_and_goes_on_where_it_stopped(data: Path) -> None:
-    small = {"batch-size": 4, "accum-freq": 3, "workers": 1, "report-to": "tensorboard"}
+    small = {
+        "batch-size": 4, "accum-freq": 3, "workers": 1, "report-to": "tensorboard",
+        "lr-scheduler": "const",  # which does not depend on the number of epochs
+    }  # fmt: skip
     assert main(flags(data, "whole", **small)) == 0
     assert [line["step"] for line in metrics(data, "whole")] == [1, 2, 3, 4, 5, 6]  # 28 samples, 12 a step
     assert [line["epoch"] for line in metrics(data, "whole")] == [0.5, 1, 1.5, 2, 2.5, 3]
@@ -128,9 +134,65 @@ def test_a_run_with_micro_batches_takes_fewer_steps_and_goes_on_where_it_stopped
     log = (data / "logs/whole/out.log").read_text()
     assert "2 steps an epoch, on a global batch of 12 pairs: 4 in a batch x 1 ranks x 3 accumulated" in log
     assert log.count("BatchNorm layers of Tiny normalise by the statistics of one micro-batch, not of all 3") == 1
-    assert main(flags(data, "parts", **{**small, "epochs": 2, "lr-scheduler": "const"})) == 0
-    assert main([*flags(data, "parts", **{**small, "lr-scheduler": "const"}), "--resume", "latest"]) == 0
-    assert [line["step"] for line in metrics(data, "parts")] == [1, 2, 3, 4, 5, 6]
+    assert main(flags(data, "parts", **{**small, "epochs": 2})) == 0
+    torch.manual_seed(99)  # whatever happens in between
+    assert main([*flags(data, "parts", **small), "--resume", "latest"]) == 0
+    assert losses(data, "parts") == losses(data, "whole")
+
+
+COPIES = [3, 3, 3, 3, 1, 1]
+"""How many samples have each of the captions that `distilled` makes."""
+
+
+def distilled(folder: Path, **changed: Any) -> dict[str, Any]:
+    """Writes a shard with images and captions that occur more than once, and a teacher's features of it.
+
+    Returns:
+        the flags to learn from both, in steps of the whole shard.
+    """
+    captions = [caption(number) for number, copies in enumerate(COPIES) for _ in range(copies)]
+    samples = [sample(i, png=picture(i % 5), long_caption=text) for i, text in enumerate(captions)]
+    shard = write_shard(folder / "twins" / "000000.tar", samples)
+    contents = {"image": [one["png"] for one in samples], "long": captions}
+    write_store(
+        store_path(shard, "teacher"),
+        [one["__key__"] for one in samples],
+        {part: unit_rows(len(samples), 6) for part in contents},
+        {part: [digest(content) for content in its] for part, its in contents.items()},
+        info(width=6),
+    )
+    return {
+        "train-data": shard, "val-data": None, "features": "teacher", "loss": "clip-kd", "pca-components": None,
+        "lr-scheduler": "const", "batch-size": len(samples), **changed,
+    }  # fmt: skip
+
+
+def test_clip_kd_goes_on_with_the_parameters_of_its_loss(data: Path) -> None:
+    given = distilled(data)
+    assert main(flags(data, "whole", **given)) == 0
+    assert main(flags(data, "parts", **{**given, "epochs": 2})) == 0
+    assert main([*flags(data, "parts", **given), "--resume", "latest"]) == 0
+    assert {"clip@long", "crd@long", "icl@long", "fd@long"} <= set(metrics(data, "whole")[0])
+    assert losses(data, "parts") == losses(data, "whole")
+    first, *last = (
+        torch.load(data / "logs" / epoch / STATE, weights_only=True)["loss"]
+        for epoch in ("parts/checkpoints/epoch_2", "parts/checkpoints/epoch_3", "whole/checkpoints/epoch_3")
+    )
+    assert first.keys() == last[0].keys()
+    assert all(torch.equal(last[0][name], last[1][name]) for name in first)
+    assert not any(torch.equal(first[name], last[0][name]) for name in first)  # all of them are trained
+
+
+def test_what_is_equal_is_a_positive_if_asked_and_else_sets_a_floor(data: Path) -> None:
+    given = distilled(data, epochs=1, **{"loss": "1*clip@long", "features": None})
+    assert main(flags(data, "negatives", **given)) == 0
+    assert main([*flags(data, "positives", **given), "--multi-positive"]) == 0
+    (negatives,), (positives,) = metrics(data, "negatives"), metrics(data, "positives")
+    expected = sum(copies * math.log(copies) for copies in COPIES) / sum(COPIES)
+    assert negatives["floor@long"] == pytest.approx(expected, rel=1e-6)
+    assert negatives["clip@long"] > expected
+    assert "floor@long" not in positives
+    assert abs(positives["clip@long"] - negatives["clip@long"]) > 1e-3  # of the same weights
 
 
 def test_micro_batches_train_as_the_batch_that_they_are(data: Path) -> None:

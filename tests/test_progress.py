@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from jettclip.data.counts import DataError
 from jettclip.detectors import Detectors
-from jettclip.progress import Progress, mean_over_ranks, total_over_ranks
+from jettclip.progress import Progress, total_over_ranks
+from jettclip.ranks import mean_over_ranks
 from jettclip.settings import DataSettings
 from jettclip.types import BatchInfo, Features, LossReport
 from support import run_ranks
@@ -36,7 +40,13 @@ class Batches(list):  # type: ignore[type-arg]
 
 
 def follow(
-    epoch: int, losses: list[float], every: int, dropped: int = 0, accumulated: int = 1, detectors: Any = None
+    epoch: int,
+    losses: list[float],
+    every: int,
+    dropped: int = 0,
+    accumulated: int = 1,
+    detectors: Any = None,
+    image: Tensor | None = None,
 ) -> tuple[Progress, Recorder]:
     recorder, info = (
         Recorder(),
@@ -47,7 +57,7 @@ def follow(
     for step, micro_batches in progress.steps():
         value = torch.tensor(float(sum(loss for loss, _ in micro_batches)))  # type: ignore[misc]
         report = LossReport(value, {"clip@long": value})
-        features = Features(torch.eye(2), None, torch.eye(2), torch.tensor([14.0]))
+        features = Features(torch.eye(2) if image is None else image, None, torch.eye(2), torch.tensor([14.0]))
         progress.update(step, report, features, [info for _, info in micro_batches], 1e-3, None)
     return progress, recorder
 
@@ -81,6 +91,23 @@ def test_trouble_is_reported_with_what_the_detectors_measure(caplog: pytest.LogC
     assert values["trouble"] == {"logit scale at its upper limit": 1}
     assert values["spread@image"] == pytest.approx(0.5)
     assert [record.levelname for record in caplog.records if "upper limit" in record.message] == ["WARNING"]
+
+
+def test_trouble_on_another_rank_is_reported_by_all_and_told_by_the_first() -> None:
+    def work() -> tuple[dict[str, Any], int]:
+        warnings: list[str] = []
+        logging.getLogger().addFilter(lambda record: warnings.append(record.getMessage()) or True)
+        is_second = torch.distributed.get_rank() == 1
+        detectors = Detectors(8, scale_limits=None)
+        losses = [math.log(8) + 0.04 * (not is_second)] * 500  # of which the mean over ranks is within 1% of ln 8
+        rows = torch.eye(2) if is_second else torch.ones(2, 2)
+        _, recorder = follow(0, losses, every=500, detectors=detectors, image=rows)
+        return recorder.lines[0][2], sum("is stuck at ln" in warning for warning in warnings)
+
+    (first, told), (second, told_again) = run_ranks(2, work)
+    assert (told, told_again) == (1, 0)
+    assert first["trouble"] == second["trouble"] == {"clip@long is stuck at ln(global batch)": 1}
+    assert first["spread@image"] == second["spread@image"] == pytest.approx(0.25)  # the mean of 0 and 0.5
 
 
 def test_counts_of_the_epoch_are_reported_by_reason() -> None:

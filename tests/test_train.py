@@ -12,6 +12,7 @@ from torchvision.transforms.functional import resize
 from jettclip.engine.base import Student
 from jettclip.engine.ddp import DDPEngine
 from jettclip.engine.optimizer import create_optimizer
+from jettclip.identity import identity_of
 from jettclip.losses.factory import create_loss
 from jettclip.models.teacher import Ensemble, Teacher
 from jettclip.settings import LossSettings
@@ -21,7 +22,9 @@ from support import run_ranks, tiny_towers
 
 
 def make_engine(loss: str = "1*clip@long", teachers: Sequence[TeacherInfo] = ()) -> DDPEngine:
-    student = Student(tiny_towers(), create_loss(LossSettings(loss=loss), 16, teachers))
+    towers, computed = tiny_towers(), create_loss(LossSettings(loss=loss), 16, teachers)
+    towers.start_logit_bias(computed.recipe.logit_bias_init)
+    student = Student(towers, computed)
     return DDPEngine(student, create_optimizer(student, "adamw", lr=1e-2, weight_decay=0.1), torch.device("cpu"))
 
 
@@ -81,6 +84,29 @@ def test_only_terms_that_are_no_number_are_blamed() -> None:
     with pytest.raises(NonFiniteLoss, match=r"the loss is nan, by kd@long, mse@long of its terms .*'clip@long': 1\.5"):
         check_finite(LossReport(torch.tensor(torch.nan), terms), ["a"])
     check_finite(LossReport(torch.tensor(1.0), terms), ["a"])
+
+
+def test_a_sum_that_overflows_is_not_blamed_on_a_term() -> None:
+    terms = {"clip@long": torch.tensor(1.5), "floor@long": torch.tensor(0.25)}
+    with pytest.raises(NonFiniteLoss) as caught:
+        check_finite(LossReport(torch.tensor(torch.inf), terms), ["a"])
+    said = "the loss is inf, although its terms are all finite: {'clip@long': 1.5}; nothing was updated. This rank's"
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(("formula", "reads"), [("1*mse@long", False), ("1*siglip@long", False), ("1*clip@long", True)])
+def test_who_is_who_is_found_out_only_for_a_loss_that_reads_it(
+    formula: str, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Batch] = []
+    monkeypatch.setattr(
+        "jettclip.accumulation.identity_of", lambda batch, info: asked.append(batch) or identity_of(batch, info)
+    )
+    teacher = TeacherFeatures(torch.randn(8, 4), None, torch.randn(8, 4))
+    engine, batch = make_engine(formula, [TeacherInfo("teacher", 4, 30.0)]), make_batch()._replace(teacher=teacher)
+    for micro_batches in (1, 2):
+        train_step(engine, engine.student.loss, [(batch, info())] * micro_batches)
+    assert len(asked) == 3 * reads
 
 
 def test_a_loss_of_micro_batches_that_is_no_number_names_the_samples_of_all() -> None:

@@ -247,17 +247,21 @@ def build_evaluator(options: Options, model: TwoTowers, transform: Transform, pl
 
 def build_engine(args: Namespace, model: TwoTowers, loss: Loss, place: Place) -> tuple[DDPEngine, Optimizer]:
     """Builds the engine around the student and its loss, and the optimizer, for the schedule."""
+    warning = logging.WARNING if place.rank == 0 else logging.DEBUG  # one rank speaks for all
     if place.device.type == "cpu" and args.precision != "fp32":
-        logging.warning(f"--precision {args.precision} is much slower than fp32 on most CPUs; try --precision fp32")
+        logging.log(
+            warning, f"--precision {args.precision} is much slower than fp32 on most CPUs; try --precision fp32"
+        )
     if args.use_bn_sync and place.device.type == "cpu":
         raise ValueError("--use-bn-sync needs GPUs, torch has no synchronised BatchNorm for the CPU; leave it out")
     norms = len(batch_norms(model))
     if args.accum_freq > 1 and norms:
-        logging.warning(
+        logging.log(
+            warning,
             f"--accum-freq {args.accum_freq}: the {norms} BatchNorm layers of {args.model} normalise by the statistics "
             f"of one micro-batch, not of all {args.accum_freq}, so that the gradient is not that of one batch of "
             f"{args.accum_freq * args.batch_size} rows; running statistics take in every micro-batch once. A larger "
-            "--batch-size with --grad-checkpointing comes nearer"
+            "--batch-size with --grad-checkpointing comes nearer",
         )
     student = Student(model, loss).to(place.device)
     optimizer = create_optimizer(
@@ -308,7 +312,8 @@ def build_detectors(args: Namespace, loss: Loss, place: Place) -> Detectors:
     """Builds what notices training that gets nowhere."""
     largest = loss.recipe.logit_scale_max
     scale_limits = (1.0, largest) if largest else None  # as the engine holds it
-    return Detectors(global_batch(args, place), warmup=args.warmup, scale_limits=scale_limits)
+    warmup = 0 if args.skip_scheduler else args.warmup
+    return Detectors(global_batch(args, place), warmup=warmup, scale_limits=scale_limits)
 
 
 def build_reporter(options: Options, folder: Path | None, first_step: int | None, place: Place) -> Reporter:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jettclip.ranks import mean_over_ranks
 from jettclip.types import VIEWS, Features, LossReport, at_least_float32
 
 COLLAPSED = 1e-4
@@ -23,7 +24,7 @@ AT_LIMIT = 1e-3
 """Relative distance from its limit within which the logit scale is at it."""
 
 PATIENCE = 500
-"""Steps after warm-up for which something must last without a break before it is told."""
+"""Steps for which something must last without a break before it is told."""
 
 LONG = 1000
 """The same for the logit scale, which may well end at its limit in a good run."""
@@ -35,16 +36,19 @@ class Finding(NamedTuple):
     name: str
     is_there: bool
     patience: int
+    is_usual_in_warmup: bool
     rule: str  # the value, and what it is held against
     remedy: str
 
 
 class Detectors:
-    """Watches a whole run from one rank, whose rows are sample enough.
+    """Watches a whole run: what each rank sees of its own rows, averaged over ranks, so that all come to the same.
 
-    Every step leaves a few numbers on the device, and `look` reads their means, since to read is to wait for a GPU. An
-    interval between looks counts if all of it lies after warm-up. What has been there in all intervals of so many steps
-    is told, and not again before an interval without it. Nothing of this is kept in checkpoints.
+    Every step leaves a few numbers on the device, and `look` reads their means, since to read is to wait for a GPU.
+    What has been there in all intervals between looks for so many steps is told, and not again before an interval
+    without it: collapsed features after 500 steps (`PATIENCE`), whenever; a stuck loss after 500 and a scale at its
+    limit after 1000 (`LONG`), both counted from the first interval that lies after warm-up as a whole. Of a run
+    that is shorter nothing is told, and a resumed one is counted anew, since nothing of this is kept in checkpoints.
 
     Args:
         global_batch: B, the rows of all ranks and micro-batches.
@@ -86,19 +90,23 @@ class Detectors:
         self._steps += 1
 
     def look(self, steps: int) -> list[str]:
-        """Reads what was seen since the last look, and returns a message for all that is to be told.
+        """Reads what was seen since the last look, and returns a message for all that is to be told, on every rank.
+
+        All ranks must look at the same steps: they exchange a few numbers.
 
         Args:
             steps: taken since the beginning of training.
         """
         if not self._steps:
             return []
-        means = dict(zip(self._sums, (torch.stack(list(self._sums.values())) / self._steps).tolist(), strict=True))
+        seen = mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps)
+        means = dict(zip(self._sums, seen.tolist(), strict=True))
         self.figures = {name: value for name, value in means.items() if name.startswith("spread@")}
         is_warm = steps - self._steps >= self.warmup
         messages = []
-        for name, is_there, patience, rule, remedy in self._findings(means):
-            self._lasted[name] = self._lasted[name] + self._steps if is_there and is_warm else 0
+        for name, is_there, patience, is_usual_in_warmup, rule, remedy in self._findings(means):
+            counts = is_there and (is_warm or not is_usual_in_warmup)
+            self._lasted[name] = self._lasted[name] + self._steps if counts else 0
             if not self._lasted[name]:
                 self._told.discard(name)
             elif self._lasted[name] >= patience and name not in self._told:
@@ -135,6 +143,7 @@ def _collapse(part: str, value: float) -> Finding:
         f"{'image features' if is_image else f'features of {part} captions'} collapsed to a point",
         value < COLLAPSED,
         PATIENCE,
+        False,
         f"the mean of 1 - cosine over pairs of them has been {value:.1e}, below {COLLAPSED:g}",
         "Go back to a checkpoint before that, with a lower --lr, a longer --warmup or --grad-clip-norm 1; if it was so "
         f"from the start, see whether all samples have the same {'image' if is_image else 'caption'}.",
@@ -147,6 +156,7 @@ def _stuck(name: str, distance: float, global_batch: int) -> Finding:
         f"{name} is stuck at ln(global batch)",
         distance < STUCK * uniform,
         PATIENCE,
+        True,
         f"it has kept {distance:.1e} from ln {global_batch} = {uniform:.4f} on average, closer than {STUCK:.0%} of "
         "that: it is the loss of a model to which all pairs are alike, whatever --label-smoothing is",
         "See whether captions belong to their images, and whether --lr is too low to move or so high that features "
@@ -159,6 +169,7 @@ def _at_lower_limit(scale: float, limit: float) -> Finding:
         "logit scale at its lower limit",
         scale < limit * (1 + AT_LIMIT),
         LONG,
+        True,
         f"it has been {scale:.4g} on average, and is held to {limit:g} or more",
         "The model has given up telling pairs apart: see whether captions belong to their images, or lower --lr.",
     )
@@ -169,6 +180,7 @@ def _at_upper_limit(scale: float, limit: float) -> Finding:
         "logit scale at its upper limit",
         scale > limit * (1 - AT_LIMIT),
         LONG,
+        True,
         f"it has been {scale:.4g} on average, and is held to {limit:g} or less",
         "That is usual late in a long run, or from a checkpoint that ended there; early, the loss asks for more "
         "contrast than the features have: lower --lr, or raise --logit-scale-max.",

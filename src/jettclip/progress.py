@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from jettclip.data.counts import check_drop_rate, describe
 from jettclip.data.loader import Loader
 from jettclip.detectors import Detectors
-from jettclip.ranks import rank_and_world_size
+from jettclip.ranks import mean_over_ranks, rank_and_world_size
 from jettclip.report import Reporter
 from jettclip.types import Batch, BatchInfo, Features, LossReport
 
@@ -100,11 +100,12 @@ class Progress:
         self._since = time.perf_counter()
 
     def _report(self, step: int, done: int, scale: float, learning_rate: float, norm: float | None) -> None:
-        _, ranks = rank_and_world_size()
+        rank, ranks = rank_and_world_size()
         losses = mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
         dropped, noted = total_over_ranks(self.dropped), total_over_ranks(self.noted)
-        for trouble in self.detectors.look(step + 1):
-            logging.warning(trouble)
+        for trouble in self.detectors.look(step + 1):  # by all ranks, which see the same
+            if rank == 0:
+                logging.warning(trouble)
         elapsed = time.perf_counter() - self._since
         rate = self._samples * ranks / elapsed
         values: dict[str, Any] = {
@@ -130,14 +131,6 @@ class Progress:
             f"({rate / ranks:.1f} a rank)  data wait {self._waited / elapsed:.0%}  lr {learning_rate:.2e}  "
             f"logit scale {scale:.2f}  dropped {describe(dropped)}" + (f"  {describe(noted)}" if noted else "")
         )
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Averages a tensor over all ranks; on one, returns it."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values = values / dist.get_world_size()
-    return values
 
 
 def total_over_ranks(counts: Counter[str]) -> Counter[str]:

@@ -12,6 +12,14 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Averages a tensor over all ranks, which must all ask; on one, returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
 def holds_on_all_ranks(condition: Tensor) -> bool:
     """Tells whether a condition, bool 0-D, holds on every rank; all of them must ask."""
     flag = condition.to(torch.int32)

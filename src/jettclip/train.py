@@ -69,7 +69,7 @@ def train_step(
     if len(micro_batches) > 1:
         report, features = accumulate(engine, loss, micro_batches, teachers)
     else:
-        features, taught, identity = loss_input(engine, *micro_batches[0], teachers)
+        features, taught, identity = loss_input(engine, loss, *micro_batches[0], teachers)
         report = loss(features, taught, identity)
         engine.backward(report.total)
     check_finite(report, [key for _, info in micro_batches for key in info.keys])
@@ -86,11 +86,11 @@ def check_finite(report: LossReport, keys: Sequence[str]) -> None:
         return
     if bool(is_finite):
         raise NonFiniteLoss("the loss of another rank is not finite, and that rank says why; nothing was updated")
-    values = {name: float(value) for name, value in report.terms.items()}
+    values = {name: float(value) for name, value in report.terms.items() if not name.startswith("floor@")}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
+    cause = f"by {', '.join(bad)} of its terms" if bad else "although its terms are all finite:"
     raise NonFiniteLoss(
-        f"the loss is {float(report.total.detach())}, by {', '.join(bad) or 'its sum'} of its terms {values}; "
-        "nothing was updated. "
+        f"the loss is {float(report.total.detach())}, {cause} {values}; nothing was updated. "
         f"This rank's samples: {', '.join(keys[:20])}{' ...' if len(keys) > 20 else ''}. "
         "Try a lower --lr, a longer --warmup, --grad-clip-norm 1, or --precision amp_bf16"
     )
