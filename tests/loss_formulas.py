@@ -98,13 +98,15 @@ def gd(
     return torch.stack(values).mean()
 
 
-def coarse(rows: Tensor, components: int = 0, chunks: int = 1, variance: float | None = None) -> Tensor:
-    """Returns rows rebuilt from the principal components of each of `chunks` parts, by SVD."""
+def coarse(
+    rows: Tensor, components: int = 0, chunks: int = 1, variance: float | None = None, *, detach: bool = False
+) -> Tensor:
+    """Returns rows rebuilt from the principal components of each of `chunks` parts, by SVD; `detach` fixes those."""
     rebuilt = []
     for part in rows.chunk(chunks):
         mean = part.mean(dim=0)
         _, singular, directions = torch.linalg.svd(part - mean, full_matrices=False)
-        kept = components
+        directions, kept = directions.detach() if detach else directions, components
         if variance is not None:
             share = singular.detach().square().cumsum(0) / singular.detach().square().sum()
             kept = 1 + int((share < variance).sum())

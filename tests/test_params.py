@@ -9,6 +9,8 @@ import pytest
 import yaml
 from open_clip_train.params import parse_args as openclip_parse_args
 
+from jettclip.losses.formula import teacher_parts_of
+from jettclip.losses.presets import PRESETS
 from jettclip.main import find_mistakes
 from jettclip.params import is_kept, is_saved, parse_args, run_folder, save_config
 from jettclip.rules import MOBILECLIP_FLAGS
@@ -134,7 +136,10 @@ def test_all_mistakes_are_shown_at_once(capsys: pytest.CaptureFixture[str]) -> N
         (["--torchscript"], "use --torchcompile"),
         (["--accum-freq", "0"], "--accum-freq 0 must be at least 1"),
         (["--siglip", "--loss", "openclip"], "--siglip asks for the sigmoid loss, and --loss 'openclip' has no such"),
-        (["--loss-dist-impl", "gather"], "--loss-dist-impl gather belongs to --siglip"),
+        (
+            ["--loss-dist-impl", "gather"],
+            "--loss-dist-impl gather is for the siglip term, which --loss 'openclip' does not have",
+        ),
         (["--clip-margin", "-1"], "--clip-margin -1 must be positive"),
         (["--clip-margin", "0.5", "--loss", "siglip"], "--clip-margin 0.5 is for the clip term"),
         (["--multi-positive", "--loss", "kd@long"], "--multi-positive is for the clip and siglip terms"),
@@ -142,10 +147,47 @@ def test_all_mistakes_are_shown_at_once(capsys: pytest.CaptureFixture[str]) -> N
         (["--pca-variance", "0.9", "--pca-components", "8"], "and so does --pca-components 8; give one of them"),
         (["--pca-side", "both"], "invalid choice: 'both'"),
         (["--teacher-scale", "100", "0"], "--teacher-scale 0 is S = exp(logit scale) and must be positive"),
+        (["--teacher-scale", "inf"], "--teacher-scale inf is S = exp(logit scale) and must be positive and finite"),
+        (["--teacher-scale", "nan"], "--teacher-scale nan is S = exp(logit scale) and must be positive and finite"),
+        (["--teacher-scale"], "--teacher-scale: expected at least one argument"),
+        (["--distill-loss-weights"], "--distill-loss-weights: expected at least one argument"),
+        (["--logit-scale-max", "nan"], "--logit-scale-max nan is S = exp(logit scale), which is held at 1 and above"),
+        (["--logit-scale-max", "inf"], "a finite number such as 100, or 0 for no limit"),
+        (["--logit-scale-max", "0.5"], "--logit-scale-max 0.5 is S"),
+        (["--logit-scale-max=-3"], "--logit-scale-max -3 is S"),
+        (["--logit-scale-init", "inf"], "--logit-scale-init inf is S"),
+        (["--logit-scale-init", "nan"], "--logit-scale-init nan is S"),
+        (["--logit-scale-init", "0.5"], "--logit-scale-init 0.5 is S = exp(logit scale), which is held at 1 and above"),
+        (["--logit-scale-init", "200"], "would start at S = 200 (--logit-scale-init), above its limit 100"),
+        (["--loss", "1e400*clip@long"], "is too large for a number"),
+        (["--loss", "himo-clip", "--pca-components", "0"], "with --pca-side text and no principal components"),
+        (["--loss", "longclip", "--pca-side", "text", "--pca-components", "0"], "give --pca-components 32, or"),
+        (
+            ["--loss", "mobileclip-dr", "--pca-side", "text", "--features", "a"],
+            "'mobileclip-dr' with --pca-side text and no principal components",
+        ),
+        (["--pca-detach"], "--pca-detach is for the short view, which --loss 'openclip' does not have"),
+        (
+            ["--distill-model=a,b", "--distill-pretrained=x,y", "--teacher-scale", "1", "2", "3"],
+            "--teacher-scale 1 2 3 must be one for all or one for each of the 2 teachers, a, b",
+        ),
+        (
+            ["--features", "a,b,c", "--loss", "kd@long", "--teacher-scale", "1", "2"],
+            "--teacher-scale 1 2 must be one for all or one for each of the 3 teachers, a, b, c",
+        ),
+        (
+            ["--dataset-reinforcement", "--teacher-scale", "1", "2", "3"],
+            "--teacher-scale 1 2 3 must be one for all or one for each of the 2 teachers, 768 wide, 768 wide",
+        ),
+        (
+            ["--siglip", "--dataset-reinforcement"],
+            "goes unused by --loss 'siglip'; try --loss '1*siglip@long + 1*kd@long'",
+        ),
         (["--loss-tile", "0"], "--loss-tile '0' must be auto, off, or a number of rows, such as 512"),
         (["--loss-tile", "big"], "--loss-tile 'big' must be"),
         (["--distill-loss-weights", "1"], "--distill-loss-weights 1 must be two weights, of clip and of kd"),
         (["--distill-loss-weights", "0", "0"], "--distill-loss-weights 0 0 leave no loss"),
+        (["--distill-loss-weights", "inf", "1"], "--distill-loss-weights inf 1 must be two weights"),
         (
             ["--distill-loss-weights", "0", "1"],
             "belong to --loss mobileclip-dr; in --loss 'openclip' write the weights",
@@ -195,6 +237,30 @@ def test_a_mistake_is_named_with_its_remedy(
     assert expected in errors(capsys, "--train-data", "x.tar", *flags)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--distill-loss-weights", "1"],
+        ["--distill-loss-weights", "1", "2", "3"],
+        ["--distill-loss-weights", "0", "0"],
+        ["--distill-loss-weights", "0", "0", "--loss", "mobileclip-dr", "--features", "a"],
+        ["--logit-scale-max", "nan"],
+        ["--logit-scale-init", "inf"],
+        ["--loss", "himo-clip", "--pca-components", "0"],
+        ["--loss", "1e400*clip@long"],
+        ["--siglip", "--dataset-reinforcement"],
+        ["--siglip", "--loss-dist-impl", "both"],
+    ],
+)
+def test_one_wrong_value_is_one_mistake(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "error: 1 mistakes" in errors(capsys, "--train-data", "x.tar", *flags)
+
+
+def test_a_store_may_hold_the_features_of_several_teachers() -> None:
+    flags = ["--train-data", "x.tar", "--loss", "kd@long", "--features", "several", "--teacher-scale", "70", "60"]
+    assert parse_args(flags, find_mistakes).loss.teacher_scale == (70, 60)
+
+
 def test_no_data_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--train-data" in errors(capsys, "--model", "Nano-248")
 
@@ -203,6 +269,16 @@ def test_distill_model_means_openclips_distillation() -> None:
     line = ["--train-data", "x.tar", "--distill-model", "ViT-B-32", "--distill-pretrained", "openai"]
     assert parse_args(line).loss.loss == "1*clip@long + 1*kd@long"
     assert parse_args([*line, "--loss", "jettclip"]).loss.loss == "jettclip"
+    assert parse_args([*line, "--siglip"], find_mistakes).loss.loss == "1*siglip@long + 1*kd@long"
+
+
+@pytest.mark.parametrize("way", ["bidir", "shift", "reduce", "gather"])
+def test_how_openclip_exchanges_is_accepted_for_a_siglip_term_and_checked(
+    way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--train-data", "x.tar", "--loss", "1*siglip@long + 1*clip@long", "--loss-dist-impl"]
+    assert parse_args([*flags, way], find_mistakes).args.loss_dist_impl == way
+    assert f"--loss-dist-impl '{way}s' is not one of bidir, shift, reduce, gather" in errors(capsys, *flags, way + "s")
 
 
 @pytest.mark.parametrize("flags", [[], ["--loss-dist-impl", "shift"], ["--loss", "0.5*siglip@long + 0.5*siglip@short"]])
@@ -235,6 +311,16 @@ def test_a_saved_config_repeats_the_options(tmp_path: Path) -> None:
         return yaml.safe_load(yaml.safe_dump(vars(value)))
 
     assert plain(again.args) == plain(options.args)
+
+
+@pytest.mark.parametrize("loss", PRESETS)
+def test_the_saved_config_of_every_preset_is_accepted(loss: str, tmp_path: Path) -> None:
+    argv = ["--train-data", "x.tar", "--loss", loss]
+    if teacher_parts_of(PRESETS[loss]):
+        argv += ["--features", "a"]
+    options = parse_args(argv, find_mistakes)
+    save_config(options, tmp_path / "config.yaml")
+    assert parse_args(["--config", str(tmp_path / "config.yaml")], find_mistakes).loss == options.loss
 
 
 def test_the_command_line_overrides_the_config(tmp_path: Path) -> None:

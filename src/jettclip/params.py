@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None, find_more: Callable[[Options],
 def _usual_loss(options: Options) -> str:
     """Returns the loss of the code whose flags are used, if ``--loss`` was not given."""
     if options.args.siglip:
-        return "siglip"
+        return "1*siglip@long + 1*kd@long" if options.args.distill_model else "siglip"
     if options.args.distill_model:
         return "1*clip@long + 1*kd@long"  # OpenCLIP's DistillClipLoss
     if options.data.dataset_reinforcement_mix_synthetic:
@@ -108,6 +108,11 @@ def find_problems(options: Options) -> list[str]:
             args.siglip and "siglip" not in options.loss.loss,
             f"--siglip asks for the sigmoid loss, and --loss {options.loss.loss!r} has no such term; "
             "leave one of them out, or add 1*siglip@long",
+        ),
+        (
+            args.loss_dist_impl and "siglip" not in options.loss.loss,
+            f"--loss-dist-impl {args.loss_dist_impl} is for the siglip term, which --loss {options.loss.loss!r} does "
+            "not have; leave it out, or add --siglip",
         ),
         *range_rules(args),
         *combination_rules(args, options.data),
@@ -170,7 +175,7 @@ def _add_flag(group: Any, name: str, hint: Any, default: Any, metadata: Any) -> 
     options: dict[str, Any] = {"default": default, "help": metadata["help"].replace("%", "%%") + shown}
     inner = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        options |= {"type": inner[0], "nargs": "*"}
+        options |= {"type": inner[0], "nargs": "+"}
     elif isinstance(hint, types.UnionType):
         options["type"] = inner[0]
     else:

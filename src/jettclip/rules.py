@@ -14,6 +14,9 @@ PRECISIONS = {"fp32": "fp32", "amp": "amp", "amp_bf16": "amp_bf16", "amp_bfloat1
 TRACKERS = ("tensorboard", "wandb")
 """What ``--report-to`` may name."""
 
+SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
+"""What ``--loss-dist-impl`` may name, as in OpenCLIP's ``SigLipLoss``."""
+
 MOBILECLIP_FLAGS = {
     "dataset-reinforcement-config": "the augmentations stand with the samples, in paug.json; leave it out",
     "dataset-reinforcement-filter-image-size": "make shards without small images once: scripts/build_shards.py "
@@ -47,6 +50,11 @@ def range_rules(args: Namespace) -> Rules:
         (
             args.lr_scheduler not in ("cosine", "const", "const-cooldown"),
             f"--lr-scheduler {args.lr_scheduler!r} is not one of cosine, const, const-cooldown",
+        ),
+        (
+            args.loss_dist_impl not in (None, *SIGLIP_EXCHANGES),
+            f"--loss-dist-impl {args.loss_dist_impl!r} is not one of {', '.join(SIGLIP_EXCHANGES)}, which all compute "
+            "the same loss; leave it out",
         ),
         (unknown, f"--report-to {args.report_to!r} names {', '.join(unknown)}; give tensorboard, wandb or all"),
     ]
@@ -140,10 +148,6 @@ def unsupported_flags(args: Namespace) -> Rules:
         (args.trace, "--trace is not supported; use --torchcompile"),
         (args.use_bnb_linear, "--use-bnb-linear is not supported: it trains in int8; use --precision amp_bf16"),
         (args.copy_codebase, "--copy-codebase is not supported; the run folder keeps config.yaml and the versions"),
-        (
-            args.loss_dist_impl and not args.siglip,  # with it, any: all of OpenCLIP's ways compute the same loss
-            f"--loss-dist-impl {args.loss_dist_impl} belongs to --siglip; add that, or leave it out",
-        ),
         (
             (args.coca_caption_loss_weight, args.coca_contrastive_loss_weight) != (2.0, 1.0),
             "--coca-caption-loss-weight and --coca-contrastive-loss-weight belong to CoCa, which is not supported",

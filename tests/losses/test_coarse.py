@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jettclip.losses.factory import Loss, create_loss
 from jettclip.settings import LossSettings
@@ -38,13 +39,15 @@ def test_too_small_a_batch_is_reported_once(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"--pca-components {components} keeps everything of {rows} {kind} features" in caplog.text
     assert "--batch-size" in caplog.text
-    expected = loss_of(formula, pca_components=0, pca_side=side)(features, teacher).total
+    whole = loss_of("clip@long + kd@long") if side == "text" else loss_of(formula, pca_components=0)
+    expected = whole(features, teacher).total
     torch.testing.assert_close(values, [expected, expected])
 
 
 def test_a_large_enough_batch_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
-    loss_of()(features_of(COMPONENTS + 2))
-    loss_of(pca_components=None, pca_variance=0.9)(features_of())
+    for loss, rows in ((loss_of(), COMPONENTS + 2), (loss_of(pca_components=None, pca_variance=0.9), ROWS)):
+        for _ in range(2):
+            loss(features_of(rows))
     assert caplog.records == []
 
 
@@ -59,19 +62,49 @@ def test_a_batch_of_duplicates_is_reported_whenever_it_comes(
     loss, features = loss_of(), features_of()
     loss(features)
     assert caplog.records == []
-    for _ in range(2):
+    for _ in range(3):
         loss(repeated(features, distinct))
     assert len(caplog.records) == warned
     assert (f"whose rank is {COMPONENTS}, so the short view sees whole image features" in caplog.text) == warned
 
 
+class Read(TorchDispatchMode):
+    """Counts the numbers that are read from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_its_rank_but_reports_that_of_the_step_before(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loss = loss_of()
+    for features, warnings, numbers in (
+        (repeated(features_of(), 2), 0, 0),
+        (features_of(), 1, 2),
+        (features_of(), 1, 0),
+    ):
+        with Read() as read:
+            loss(features)
+        assert len(caplog.records) == warnings
+        assert read.count == numbers  # both are of the rank of the copy
+    assert "keeps everything of 24 image features of width 10, whose rank is 1" in caplog.text
+
+
 def test_two_images_are_whole_in_any_share_of_the_variance(caplog: pytest.LogCaptureFixture) -> None:
-    loss_of(pca_components=None, pca_variance=0.9)(repeated(features_of(), 2))
+    loss = loss_of(pca_components=None, pca_variance=0.9)
+    for _ in range(2):
+        loss(repeated(features_of(), 2))
     assert "--pca-variance 0.9 keeps everything of 24 image features of width 10, whose rank is 1" in caplog.text
 
 
 def warnings_on_a_rank(caplog: pytest.LogCaptureFixture, scope: str) -> list[str]:
-    loss_of(pca_scope=scope)(repeated(features_of(), 2))
+    loss = loss_of(pca_scope=scope)
+    for _ in range(2):
+        loss(repeated(features_of(), 2))
     return caplog.messages
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import loss_formulas as formulas
 from jettclip.losses.distance import DistanceTerm
 from jettclip.losses.view import Matches, Parts, View
 from support import unit_rows
@@ -48,11 +49,22 @@ def test_without_projection_it_is_the_plain_distance() -> None:
 def test_several_teachers_are_averaged_each_with_its_width() -> None:
     student, teachers = matches(WIDTH), [matches(3), matches(7)]
     term = DistanceTerm("fd", WIDTH, [3, 7])
-    mapped = list(term.compared(View(student, teachers)))
-    each = [F.mse_loss(pair.image, one.local.image) + F.mse_loss(pair.text, one.local.text) for pair, one in mapped]
-    torch.testing.assert_close(term(View(student, teachers)), (each[0] + each[1]) / 2)
+    mapped = [
+        (formulas.unit(student.local.image @ a.weight.T), formulas.unit(student.local.text @ b.weight.T))
+        for a, b in zip(term.image_projections, term.text_projections, strict=True)
+    ]
+    squares = formulas.squared(mapped, [(*teacher.local, 0.0) for teacher in teachers])
+    images, texts, others, other_texts = (square.mean() for square in squares)
+    torch.testing.assert_close(term(View(student, teachers)), (images + texts + others + other_texts) / 2)
 
 
 def test_without_projection_other_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"width 5 with teachers' of \[5, 7\]; .* --mse-projection linear"):
+    with pytest.raises(ValueError, match=r"width 5 with teachers' of \[5, 7\]; .* --mse-projection linear or auto"):
         DistanceTerm("mse", WIDTH, [WIDTH, 7], "none")
+
+
+def test_where_widths_differ_alone_there_may_be_a_projection() -> None:
+    term = DistanceTerm("mse", WIDTH, [WIDTH, 7], "auto")
+    assert {name for name, _ in term.named_parameters()} == {
+        f"{modality}_projections.1.weight" for modality in ("image", "text")
+    }

@@ -34,7 +34,7 @@ def batch_of(dtype: torch.dtype, rows: int = ROWS) -> tuple[Features, TeacherFea
     taught = [
         torch.cat([unit_rows(rows, one.width, torch.float64) for one in TEACHERS], dim=1).to(dtype) for _ in range(3)
     ]
-    leaves = [one.to(dtype).requires_grad_() for one in (*student, torch.tensor([20.0]))]
+    leaves = [one.to(dtype).requires_grad_() for one in (*student, torch.tensor([20.0]), torch.tensor([-10.0]))]
     return Features(*leaves), TeacherFeatures(*taught)
 
 
@@ -53,9 +53,9 @@ def loss_of(formula: str, dtype: torch.dtype = torch.float64, **settings: Any) -
 def rows_of(
     mine: slice, features: Features, teacher: TeacherFeatures, identity: Identity | None = None
 ) -> tuple[Features, TeacherFeatures, Identity | None]:
-    *parts, scale = features
+    *parts, scale, bias = features
     return (
-        Features(*(part[mine] for part in parts), scale),
+        Features(*(part[mine] for part in parts), scale, bias),
         TeacherFeatures(*(part[mine] for part in teacher)),
         Identity(*(part[mine] for part in identity)) if identity else None,
     )
@@ -66,7 +66,7 @@ class Dense:
 
     def __init__(self, loss: Loss, features: Features, teacher: TeacherFeatures, chunks: int = 1) -> None:
         self.recipe, self.parameters = loss.recipe, dict(loss.named_parameters())
-        self.features, self.chunks = features, chunks
+        self.features, self.chunks, self.detach = features, chunks, loss.match.coarsen.detach
         split = [part.split([one.width for one in TEACHERS], dim=1) for part in teacher]
         self.teachers = [[part[index] for part in split] for index in range(len(TEACHERS))]
         scales = self.recipe.teacher_scale or tuple(one.logit_scale for one in TEACHERS)
@@ -84,7 +84,7 @@ class Dense:
             if term == "clip":
                 value = formulas.clip(x, y, scale, smoothing, belongs=belongs, margin=margin, captions=captions)
             elif term == "siglip":
-                value = formulas.siglip(x, y, scale, self.parameters["terms.siglip.bias"], belongs)
+                value = formulas.siglip(x, y, scale, self.features.logit_bias, belongs)
             else:
                 value = self.distilled(term, x, y, view)
             total = total + weight * value
@@ -120,7 +120,8 @@ class Dense:
             return image, text
         is_text = self.recipe.pca_side == "text"
         rows = text if is_text else image
-        coarse = formulas.coarse(rows, self.recipe.pca_components, self.chunks, self.recipe.pca_variance)
+        components, variance = self.recipe.pca_components, self.recipe.pca_variance
+        coarse = formulas.coarse(rows, components, self.chunks, variance, detach=self.detach)
         return (image, coarse) if is_text else (coarse, text)
 
 
@@ -151,12 +152,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (OTHER_TERMS, {"loss_tile": "off", "teacher_scale": (40.0, 20.0)}),
     (OTHER_TERMS, {**OPTIONS, "loss_tile": "7", "teacher_scale": (40.0,)}),
     (OTHER_TERMS, {**OPTIONS, "pca_side": "text", "loss_tile": "7"}),
-    (OTHER_TERMS, {"pca_side": "text", "pca_components": 0}),
+    (OTHER_TERMS, {"pca_components": 0}),
 ]
 
 
 def inputs_of(loss: Loss, features: Features) -> list[Tensor]:
-    return [*(getattr(features, name) for name in ("image", *loss.views, "logit_scale")), *loss.parameters()]
+    names = ["image", *loss.views, "logit_scale", *(["logit_bias"] if "siglip" in loss.terms else [])]
+    return [*(getattr(features, name) for name in names), *loss.parameters()]
 
 
 @pytest.mark.parametrize(("formula", "settings"), CASES)
@@ -213,9 +215,7 @@ def test_detached_components_keep_the_value_and_change_the_gradient() -> None:
     totals = [loss_of("clip@short", pca_detach=detach)(features, teacher).total for detach in (False, True)]
     assert torch.equal(*totals)
     whole, detached = (gradients(total, [features.image])[0] for total in totals)
-    mean = features.image.mean(dim=0)
-    basis = torch.linalg.svd(features.image - mean, full_matrices=False).Vh[:COMPONENTS].detach()
-    rebuilt = (features.image - mean) @ basis.T @ basis + mean
+    rebuilt = formulas.coarse(features.image, COMPONENTS, detach=True)
     expected = formulas.clip(rebuilt, features.short, features.logit_scale)
     torch.testing.assert_close(detached, gradients(expected, [features.image])[0], rtol=1e-10, atol=1e-10)
     assert not torch.allclose(whole, detached)
@@ -251,7 +251,7 @@ def test_the_loss_of_bfloat16_features_is_that_of_float32(formula: str) -> None:
     features, teacher = batch_of(torch.float32)
     loss = loss_of(formula, torch.float32)
     expected = loss(features, teacher).total
-    halves = Features(*(part.detach().bfloat16() for part in features[:3]), features.logit_scale)
+    halves = Features(*(part.detach().bfloat16() for part in features[:3]), *features[3:])
     with torch.autocast("cpu", torch.bfloat16):
         total = loss(halves, TeacherFeatures(*(part.bfloat16() for part in teacher))).total
     assert total.dtype == torch.float32
@@ -361,6 +361,9 @@ RANK_CASES: list[tuple[str, dict[str, Any]]] = [
     (USUAL_TERMS, {}),
     (USUAL_TERMS, {"pca_scope": "global", **OPTIONS}),
     (USUAL_TERMS, {"loss_tile": "off", **OPTIONS}),
+    (USUAL_TERMS, {"pca_detach": True, "pca_variance": 0.6, "pca_components": None}),
+    (USUAL_TERMS, {"pca_detach": True, "pca_scope": "global", "pca_side": "text"}),
+    (USUAL_TERMS, {"pca_scope": "global", "pca_variance": 0.6, "pca_components": None}),
     (OTHER_TERMS, {"loss_tile": "3", **OPTIONS}),
     (OTHER_TERMS, {"pca_scope": "global"}),
     (OTHER_TERMS, {"pca_scope": "global", "pca_side": "text", "loss_tile": "3", **OPTIONS}),
@@ -436,7 +439,7 @@ def test_equal_captions_are_reported_as_the_floor_of_clip() -> None:
     alike = torch.tensor([0, 1, 1, 2, 2, 2])
     identity = Identity(torch.arange(6), torch.arange(6), alike)
     report = loss_of("clip@long + clip@short + siglip@long")(features, None, identity)
-    assert list(report.terms) == ["clip@long", "clip@short", "siglip@long", "floor@long", "floor@short"]
+    assert list(report.terms) == ["clip@long", "clip@short", "siglip@long", "floor@long", "floor@short", "bias@siglip"]
     torch.testing.assert_close(
         report.terms["floor@long"], (2 * torch.tensor(2.0).log() + 3 * torch.tensor(3.0).log()) / 6
     )
@@ -470,6 +473,28 @@ def test_equal_captions_on_other_ranks_count() -> None:
     torch.testing.assert_close(total, (2 * torch.tensor(2.0).log() + 3 * torch.tensor(3.0).log()) / 6)
 
 
+def floors_on_a_rank(settings: dict[str, Any]) -> list[str]:
+    features = Features(*batch_of(torch.float64, 12)[0])
+    report = loss_of("clip@long + clip@short", **settings)(features, None, identity_of(12))
+    return [name for name in report.terms if name.startswith("floor")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "names"),
+    [
+        ({"pca_side": "text"}, 1, ["floor@long", "floor@short"]),
+        ({"pca_side": "text"}, 2, ["floor@long"]),  # equal captions are rebuilt from other components on other ranks
+        ({"pca_side": "text", "pca_scope": "global"}, 2, ["floor@long", "floor@short"]),
+        ({"pca_components": 0}, 2, ["floor@long", "floor@short"]),
+        ({}, 2, ["floor@long", "floor@short"]),
+    ],
+)
+def test_captions_that_differ_from_rank_to_rank_have_no_floor(
+    settings: dict[str, Any], world_size: int, names: list[str]
+) -> None:
+    assert run_ranks(world_size, floors_on_a_rank, settings) == [names] * world_size
+
+
 def test_multi_positive_must_be_told_who_is_who() -> None:
     features, _ = batch_of(torch.float64)
     loss = loss_of("clip@long", multi_positive=True)
@@ -486,9 +511,9 @@ def test_each_teacher_may_have_a_scale() -> None:
         ValueError, match="--teacher-scale 1 2 3 must be one for all or one for each of the 2 teachers, a"
     ):
         loss_of("kd@long", teacher_scale=(1.0, 2.0, 3.0))
-    assert loss_of("kd@long").teacher_scales == [30.0, 50.0]
-    assert loss_of("kd@long", teacher_scale=(7.0,)).teacher_scales == [7.0, 7.0]
-    assert loss_of("kd@long", teacher_scale=(7.0, 8.0)).teacher_scales == [7.0, 8.0]
+    assert loss_of("kd@long").teachers.scales == [30.0, 50.0]
+    assert loss_of("kd@long", teacher_scale=(7.0,)).teachers.scales == [7.0, 7.0]
+    assert loss_of("kd@long", teacher_scale=(7.0, 8.0)).teachers.scales == [7.0, 8.0]
 
 
 def test_a_loss_says_what_it_stands_for() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from open_clip.loss import ClipLoss
 
@@ -34,6 +36,18 @@ def test_the_student_is_told_apart_by_the_teachers_columns() -> None:
     assert len(parameters) == 5
     ours, theirs = (torch.autograd.grad(one, parameters) for one in (value, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_scale_is_held_between_1_and_100_and_can_come_back() -> None:
+    student, teacher = matches(WIDTH), matches(WIDTH)
+    for asked, held in ((1000.0, 100.0), (0.1, 1.0), (20.0, 20.0)):
+        term, expected = (IclTerm(Pairwise(), WIDTH, [WIDTH], "none").double() for _ in range(2))
+        for one, scale in ((term, asked), (expected, held)):
+            torch.nn.init.constant_(one.logit_scale, math.log(scale))
+        value = term(View(student, [teacher]))
+        torch.testing.assert_close(value, expected(View(student, [teacher])), rtol=1e-12, atol=0)
+        torch.testing.assert_close(term.logit_scale.exp().item(), held, rtol=1e-12, atol=0)
+        assert torch.autograd.grad(value, term.logit_scale)[0].abs() > 1e-3
 
 
 def test_a_student_that_is_its_teacher_has_clips_loss_at_the_scale_of_the_term() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jettclip.losses.factory import Loss, create_loss
-from jettclip.losses.formula import parse_formula, teacher_parts_of
+from jettclip.losses.formula import teacher_parts_of
 from jettclip.losses.presets import PRESETS
 from jettclip.settings import LossSettings
 from jettclip.types import Features, TeacherFeatures, TeacherInfo
@@ -30,7 +30,8 @@ class Batch:
         torch.manual_seed(2)
         self.x, self.short, self.long = (unit_rows(ROWS, WIDTH, torch.float64).requires_grad_() for _ in range(3))
         self.scale = torch.tensor([30.0], dtype=torch.float64, requires_grad=True)
-        self.features = Features(self.x, self.short, self.long, self.scale)
+        self.bias = torch.tensor([-10.0], dtype=torch.float64, requires_grad=True)
+        self.features = Features(self.x, self.short, self.long, self.scale, self.bias)
         self.parts = [[unit_rows(ROWS, one.width, torch.float64) for one in TEACHERS] for _ in range(3)]
         self.teacher = TeacherFeatures(*(torch.cat(part, dim=1) for part in self.parts))
 
@@ -96,8 +97,8 @@ def debias(batch: Batch, _: Loss) -> Tensor:
     return 0.9 * clip(batch.x, batch.long, batch.scale, 0.1) + 0.1 * clip(coarse_x, batch.short, batch.scale, 0.1)
 
 
-def sigmoid(batch: Batch, loss: Loss) -> Tensor:
-    return siglip(batch.x, batch.long, batch.scale, loss.terms["siglip"].bias)
+def sigmoid(batch: Batch, _: Loss) -> Tensor:
+    return siglip(batch.x, batch.long, batch.scale, batch.bias)
 
 
 def himo(batch: Batch, _: Loss) -> Tensor:
@@ -138,6 +139,33 @@ def test_a_preset_is_its_formula(preset: str) -> None:
     check(loss, batch, FORMULAS[preset](batch, loss))
 
 
+def test_clip_kds_loss_has_no_projection_between_equal_widths() -> None:
+    batch = Batch()
+    batch.parts = [[unit_rows(ROWS, WIDTH, torch.float64) for _ in TEACHERS] for _ in range(3)]
+    batch.teacher = TeacherFeatures(*(torch.cat(part, dim=1) for part in batch.parts))
+    loss = create_loss(LossSettings("clip-kd"), WIDTH, [one._replace(width=WIDTH) for one in TEACHERS]).double()
+    assert [name for name, _ in loss.named_parameters()] == ["terms.icl.logit_scale"]
+    images, _, longs = batch.parts
+    x, y = unit(batch.x), unit(batch.long)
+    interactive, distances = [], []
+    for image, text in zip(images, longs, strict=True):
+        for rows, columns in ((x, text), (y, image)):
+            logits = rows @ columns.T / 0.07
+            interactive.append(torch.nn.functional.cross_entropy(logits, torch.arange(ROWS)))
+        distances.append((x - image).square().mean() + (y - text).square().mean())
+    expected = (
+        clip(batch.x, batch.long, batch.scale)
+        + crd(batch.x, batch.long, batch.scale, batch.taught("long"))
+        + torch.stack(interactive).mean()
+        + 2000 * torch.stack(distances).mean()
+    )
+    total = loss(batch.features, batch.teacher).total
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)  # at a scale that began in float32
+    inputs = [batch.x, batch.long, batch.scale]
+    ours, theirs = (torch.autograd.grad(value, inputs) for value in (total, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("weights", "clip_weight"), [((0.25, 0.75), 0.25), ((0.0, 1.0), 0.0)])
 def test_mobileclips_loss_takes_its_weights(weights: tuple[float, ...], clip_weight: float) -> None:
     loss, batch = loss_of("mobileclip-dr", distill_loss_weights=weights), Batch()
@@ -153,7 +181,7 @@ def test_mobileclips_gradient_is_that_of_its_paper_and_of_its_code() -> None:
     )
     total = loss(batch.features, batch.teacher).total
     assert not torch.isclose(total, papers)  # by the teachers' entropies, which are constant
-    ours, theirs = (torch.autograd.grad(value, batch.features) for value in (total, papers))
+    ours, theirs = (torch.autograd.grad(value, [*batch.features.of_rows, batch.scale]) for value in (total, papers))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
@@ -178,22 +206,33 @@ def test_a_preset_has_its_scale(preset: str) -> None:
     assert recipe.logit_scale_init == start or math.isclose(recipe.logit_scale_init, start)
 
 
+DESCRIPTIONS = {
+    "openclip": "1*clip@long; label smoothing 0; logit scale from the model's, at most 100",
+    "longclip": "1*clip@long + 1*clip@short; label smoothing 0.1; logit scale from 100, no limit; "
+    "the short view sees images through 32 principal components",
+    "jettclip": "0.8*clip@long + 0.4*clip@short + 1.5*kd@long + 0.5*kd@short; label smoothing 0.1; "
+    "teachers' logit scale 100; logit scale from 100, no limit; "
+    "the short view sees images through 32 principal components",
+    "mobileclip-dr": "1*kd@long + 1*kd@short; teachers' logit scale their own; logit scale from the model's, "
+    "at most 100; the short view sees whole images",
+    "clip-kd": "1*clip@long + 1*crd@long + 1*icl@long + 2000*fd@long; label smoothing 0; teachers' logit scale "
+    "their own; logit scale from 14.29 or the checkpoint's, at most 100; a projection to a teacher's space only where "
+    "widths differ",
+    "llm2clip": "1*clip@long; label smoothing 0; logit scale from 14.29, at most 100",
+    "debias": "0.9*clip@long + 0.1*clip@short; label smoothing 0.1; logit scale from 100, no limit; "
+    "the short view sees images through 32 principal components",
+    "siglip": "1*siglip@long; logit scale from 10 or the checkpoint's, at most 100; bias from -10 or the checkpoint's",
+    "himo-clip": "1*clip@long + 1*clip@short; label smoothing 0.1; logit scale from 100, no limit; the short view sees "
+    "long captions through the principal components that hold 0.9 of the variance",
+}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_says_what_it_stands_for(preset: str) -> None:
-    said = loss_of(preset).description
-    assert said.startswith(PRESETS[preset].formula)
-    assert {one.term for one in parse_formula(said.split(";")[0])} == {
-        one.term for one in parse_formula(PRESETS[preset].formula)
-    }
-    for part in {
-        "jettclip": (
-            "label smoothing 0.1",
-            "teachers' logit scale 100",
-            "from 100, no limit",
-            "32 principal components",
-        ),
-        "mobileclip-dr": ("logit scale their own", "sees whole images", "from the model's, at most 100"),
-        "himo-clip": ("long captions through the principal components that hold 0.9 of the variance",),
-        "siglip": ("logit scale from 10, at most 100",),
-    }.get(preset, ()):
-        assert part in said
+    assert loss_of(preset).description == DESCRIPTIONS[preset]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_checkpoint_keeps_its_scale_where_the_published_code_loads_it_last(preset: str) -> None:
+    assert PRESETS[preset].keeps_checkpoint_scale == (preset in ("siglip", "clip-kd"))
+    assert PRESETS[preset].logit_bias_init == (-10 if preset == "siglip" else None)

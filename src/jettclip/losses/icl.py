@@ -13,13 +13,17 @@ from jettclip.losses.pairwise.choice import Pairwise
 from jettclip.losses.projection import ProjectedTerm
 from jettclip.losses.view import View
 
+SCALE_MAX = 100.0
+"""Largest c, as CLIP limits the model's own scale (arXiv 2103.00020, section 2.5)."""
+
 
 class IclTerm(ProjectedTerm):
     """Contrast of the student's images with the teachers' texts, and of its texts with their images.
 
     ICL of CLIP-KD (arXiv 2307.12732): for each teacher the mean of two cross-entropies, of the student's rows only, at
     a scale c = exp(logit_scale) of their own that is learned. CLIP-KD's code (github.com/winycg/CLIP-KD) forgets the
-    exponential, so that its c starts at ln(1/0.07) = 2.7, where similarities hardly tell; here it starts at 1/0.07.
+    exponential, so that its c starts at ln(1/0.07) = 2.7, where similarities hardly tell; here it starts at 1/0.07,
+    and is held between 1 and 100, as CLIP holds the model's.
 
     Args:
         pairwise: how similarities are computed.
@@ -35,6 +39,8 @@ class IclTerm(ProjectedTerm):
 
     def forward(self, view: View) -> Tensor:
         """Returns the mean over this rank's rows, both directions and all teachers, a scalar."""
+        with torch.no_grad():  # of the parameter, since one beyond a limit of its exponential would have no gradient
+            self.logit_scale.clamp_(0, math.log(SCALE_MAX))
         scale, offset = self.logit_scale.exp(), view.student.offset
         values = []
         for student, teacher in self.compared(view):

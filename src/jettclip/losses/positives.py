@@ -29,14 +29,14 @@ class Identities:
                 f"the loss reads {' and '.join(missing)} captions, but which of them are the same is not known; "
                 "give the identity of all that it reads"
             )
-        self.names = list(numbers)
-        self.rows = torch.stack(list(numbers.values()), dim=1)
-        self.columns = gather_ids(self.rows)
+        rows = torch.stack(list(numbers.values()), dim=1)
+        self.rows, self.columns = (
+            dict(zip(numbers, ids.unbind(dim=1), strict=True)) for ids in (rows, gather_ids(rows))
+        )
 
     def positives(self, caption: str) -> Positives:
         """Returns what belongs together because of the same image or the same caption."""
-        of_view = [0, self.names.index(caption)]
-        return Positives(self.rows[:, of_view], self.columns[:, of_view])
+        return Positives(*(torch.stack([ids["image"], ids[caption]], dim=1) for ids in (self.rows, self.columns)))
 
     def floor(self, caption: str) -> Tensor:
         """Returns what the clip term cannot go below if equal captions count as negatives, a scalar.
@@ -44,7 +44,6 @@ class Identities:
         Their similarities are equal, so that the best there is are n_i equal probabilities for row i, which has n_i
         captions of all ranks' like its own: the mean of ln n_i over this rank's rows, in either direction.
         """
-        place = self.names.index(caption)
-        rows, columns = self.rows[:, place].contiguous(), self.columns[:, place].sort().values
+        rows, columns = self.rows[caption].contiguous(), self.columns[caption].sort().values
         after, first = (torch.searchsorted(columns, rows, right=right) for right in (True, False))
         return (after - first).float().log().mean()

@@ -21,7 +21,8 @@ class ProjectedTerm(nn.Module):
     Args:
         width: of the student's features.
         teacher_widths: of each teacher's.
-        projection: ``linear``, or ``none`` to compare the spaces as they are.
+        projection: ``linear``, ``auto`` for a map only where widths differ (as CLIP-KD's code has it), or ``none`` to
+            compare the spaces as they are.
 
     Raises:
         ValueError: if there is no projection between widths that differ.
@@ -31,7 +32,9 @@ class ProjectedTerm(nn.Module):
         super().__init__()
         self.image_projections, self.text_projections = (
             nn.ModuleList(
-                nn.Linear(width, teacher_width, bias=False) if projection == "linear" else nn.Identity()
+                nn.Linear(width, teacher_width, bias=False)
+                if projection == "linear" or (projection == "auto" and teacher_width != width)
+                else nn.Identity()
                 for teacher_width in teacher_widths
             )
             for _ in range(2)
@@ -39,7 +42,7 @@ class ProjectedTerm(nn.Module):
         if projection == "none" and any(teacher_width != width for teacher_width in teacher_widths):
             raise ValueError(
                 f"--mse-projection none compares student features of width {width} with teachers' of "
-                f"{list(teacher_widths)}; widths that differ need --mse-projection linear"
+                f"{list(teacher_widths)}; widths that differ need --mse-projection linear or auto"
             )
 
     def compared(self, view: View) -> Iterator[tuple[Pair, Matches]]:

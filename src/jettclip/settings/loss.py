@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jettclip.settings.option import option
@@ -18,14 +19,14 @@ class LossSettings:
         "",
         "Preset (openclip, longclip, jettclip, mobileclip-dr, clip-kd, llm2clip, debias, siglip, himo-clip) or formula "
         "of the terms clip, siglip, kd, crd, icl, mse, fd, cosine, gd, such as '0.8*clip@long + 0.4*clip@short + "
-        "1.5*kd@long' (default: openclip; siglip for --siglip, with kd for --distill-model, and mobileclip-dr for "
-        "--dataset-reinforcement).",
+        "1.5*kd@long' (default: openclip, or siglip for --siglip; with --distill-model 1*kd@long beside that term; "
+        "mobileclip-dr for --dataset-reinforcement, or 1*kd@long if it mixes captions).",
     )
     label_smoothing: float | None = option(None, "Label smoothing of the clip term (default: the preset's, else 0).")
     clip_margin: float = option(
         0.0,
         "Margin of the clip term (HN-CLIP): this times the cosine of two captions is added to that of their negative "
-        "pairs.",
+        "pairs, before S multiplies both, so that a margin meant for logits must be divided by S.",
     )
     multi_positive: bool = option(
         False, "Pairs of the same image or the same caption are positives of the clip and siglip terms, too."
@@ -58,13 +59,15 @@ class LossSettings:
         "local", "Batch over which the components are found: this rank's, or all ranks'.", choices=("local", "global")
     )
     pca_detach: bool = option(False, "Let no gradient through the choice of the components.")
-    mse_projection: str = option(
-        "linear",
-        "What maps student features to the teacher's in the mse, fd, cosine, icl and gd terms.",
-        choices=("linear", "none"),
+    mse_projection: str | None = option(
+        None,
+        "What maps student features to the teacher's in the mse, fd, cosine, icl and gd terms; auto: linear where "
+        "their widths differ, else none (default: the preset's, else linear).",
+        choices=("linear", "auto", "none"),
     )
     logit_scale_init: float | None = option(
-        None, "S = exp(logit scale) to start from (default: the preset's, else the model's)."
+        None,
+        "S = exp(logit scale) to start from, also with --pretrained (default: the preset's, else the model's).",
     )
     logit_scale_max: float | None = option(
         None, "Largest S = exp(logit scale); 0 for none (default: the preset's, else 100 as in OpenCLIP)."
@@ -84,7 +87,7 @@ class LossSettings:
                 f"--label-smoothing {smoothing} must be at least 0 and below 1, such as 0.1",
             ),
             (
-                not 0 <= self.clip_margin < float("inf"),
+                not 0 <= self.clip_margin < math.inf,
                 f"--clip-margin {self.clip_margin:g} must be positive, such as 0.1, or 0 for none",
             ),
             (
@@ -110,7 +113,7 @@ class LossSettings:
     def _weight_problems(self) -> list[str]:
         weights = self.distill_loss_weights
         shown = " ".join(f"{weight:g}" for weight in weights)
-        if weights and (len(weights) != 2 or not all(0 <= weight < float("inf") for weight in weights)):
+        if weights and (len(weights) != 2 or not all(0 <= weight < math.inf for weight in weights)):
             return [
                 f"--distill-loss-weights {shown} must be two weights, of clip and of kd, none below 0, "
                 "such as 0.25 0.75"
@@ -120,14 +123,20 @@ class LossSettings:
         return []
 
     def _scale_problems(self) -> list[str]:
-        flags = [("--teacher-scale", scale) for scale in self.teacher_scale]
-        if self.logit_scale_init is not None:
-            flags.append(("--logit-scale-init", self.logit_scale_init))
+        start, limit = self.logit_scale_init, self.logit_scale_max
         found = [
-            f"{flag} {scale:g} is S = exp(logit scale) and must be positive, such as 100"
-            for flag, scale in flags
-            if not scale > 0
+            f"--teacher-scale {scale:g} is S = exp(logit scale) and must be positive and finite, such as 100"
+            for scale in self.teacher_scale
+            if not 0 < scale < math.inf
         ]
-        if self.logit_scale_max is not None and self.logit_scale_max < 0:
-            found.append(f"--logit-scale-max {self.logit_scale_max:g} must be positive, or 0 for no limit")
+        if start is not None and not 1 <= start < math.inf:
+            found.append(
+                f"--logit-scale-init {start:g} is S = exp(logit scale), which is held at 1 and above; give a finite "
+                "number such as 14.3"
+            )
+        if limit is not None and limit != 0 and not 1 <= limit < math.inf:
+            found.append(
+                f"--logit-scale-max {limit:g} is S = exp(logit scale), which is held at 1 and above; give a finite "
+                "number such as 100, or 0 for no limit"
+            )
         return found

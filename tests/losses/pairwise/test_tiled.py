@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import loss_formulas as formulas
 from jettclip.losses.gather import gather_ids, gather_rows, row_offset
-from jettclip.losses.pairwise import tiled
+from jettclip.losses.pairwise import tiled, tiles
 from jettclip.losses.pairwise.block import Block, Margin, Positives
 from support import run_ranks, unit_rows
 
@@ -44,31 +45,22 @@ class Case:
         ]
         # a third of the images, and of the captions, are not unique
         self.ids = torch.randint(rows * 2 // 3 + 1, (rows, 2)) if has_positives else None
+        belongs = torch.eye(rows, dtype=torch.bool)
+        self.belongs = belongs if self.ids is None else (self.ids[:, None, :] == self.ids[None, :, :]).any(dim=2)
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
         return [part.to(dtype).clone().requires_grad_() for part in (self.rows, self.columns, self.scale)]
 
     def expected(self) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Returns the values, and the gradient of their weighted sum, by the formulas."""
-        rows, columns, scale = leaves = self.leaves(torch.float64)
-        count = len(rows)
-        belongs = torch.eye(count, dtype=torch.bool)
-        if self.ids is not None:
-            belongs = (self.ids[:, None, :] == self.ids[None, :, :]).any(dim=2)
-        similar = scale * rows @ columns.T
-        contrast = similar + scale * self.margin * (self.captions @ self.captions.T) * ~belongs
-        theirs = [teacher_scale * u @ w.T for u, w, teacher_scale in self.teachers]
-        values = dict.fromkeys(WEIGHTS, torch.zeros((), dtype=torch.float64))
-        for turn in (lambda matrix: matrix, lambda matrix: matrix.T):
-            log_student, log_contrast = (log_softmax(turn(matrix)) for matrix in (similar, contrast))
-            target = (1 - self.smoothing) * belongs.double() / belongs.sum(dim=1, keepdim=True) + self.smoothing / count
-            values["clip"] = values["clip"] - (target * log_contrast).sum() / count / 2
-            if theirs:
-                targets = [log_softmax(turn(matrix)).exp() for matrix in theirs]
-                divergences = [divergence(target, log_student) for target in targets]
-                values["kd"] = values["kd"] + divergence(sum(targets) / len(targets), log_student) / 2
-                values["crd"] = values["crd"] + sum(divergences) / len(targets) / 2
-        values = {name: values[name] for name in self.wanted}
+        leaves = self.leaves(torch.float64)
+        options = {"belongs": self.belongs, "margin": self.margin, "captions": self.captions}
+        formula = {
+            "clip": lambda: formulas.clip(*leaves, self.smoothing, **options),
+            "kd": lambda: formulas.kd(*leaves, self.teachers),
+            "crd": lambda: formulas.crd(*leaves, self.teachers),
+        }
+        values = {name: formula[name]() for name in self.wanted}
         return values, torch.autograd.grad(weighted(values), leaves)
 
     def got(self, dtype: torch.dtype, tile: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -105,14 +97,6 @@ class Case:
         for which, got, expected in zip(("rows", "columns", "scale"), gradients, expected_gradients, strict=True):
             assert got.dtype == dtype
             assert distance(got, expected) < (1e-11 if exact else GRADIENT), which
-
-
-def log_softmax(matrix: Tensor) -> Tensor:
-    return matrix - matrix.logsumexp(dim=1, keepdim=True)
-
-
-def divergence(target: Tensor, log_student: Tensor) -> Tensor:
-    return (torch.xlogy(target, target) - target * log_student).sum() / len(target)
 
 
 def weighted(values: dict[str, Tensor]) -> Tensor:
@@ -228,6 +212,39 @@ def test_nan_reaches_the_value_and_raises_nothing() -> None:
     assert bool(tiled.softmax_terms(Block(rows, columns, scale), wanted=["clip"], tile=2).clip.isnan())
 
 
+def test_the_sum_of_all_similarities_is_as_precise_as_float64() -> None:
+    rows = torch.zeros(37, 4)
+    rows[:, 0] = 1
+    value = tiled.softmax_terms(Block(rows, rows, 1e4 / 3), wanted=["clip"], label_smoothing=0.5).clip
+    torch.testing.assert_close(value.item(), math.log(37), rtol=1e-6, atol=0)  # the difference of numbers of 1e3
+
+
+def numbers_sent_on_a_rank(case: Case) -> list[tuple[int, ...]]:
+    sent, reduce = [], dist.all_reduce
+
+    def counted(numbers: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        sent.append(tuple(numbers.shape))
+        reduce(numbers, operation)
+
+    dist.all_reduce = counted
+    case.got(torch.float64, 4)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("name", "maxima", "sums"),
+    [
+        ("clip", 1, 3),  # of exponentials, of targets, and of how many those are
+        ("kd", 2, 3),  # of exponentials of both, and of those by the difference
+        ("all", 3, 3 + 2 + 2),
+        ("margin, positives and smoothing beside kd and crd", 4, 4 + 2 + 2),
+    ],
+)
+def test_ranks_exchange_no_more_than_is_used(name: str, maxima: int, sums: int) -> None:
+    case = Case(30, **CASES[name])
+    assert run_ranks(2, numbers_sent_on_a_rank, case) == [[(maxima, 30), (sums, 30)]] * 2
+
+
 class Largest(TorchDispatchMode):
     """Watches for the most elements of any tensor that is made or kept."""
 
@@ -241,25 +258,31 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_grows_with_the_square_of_the_batch() -> None:
+@pytest.mark.parametrize("function", ["softmax_terms", "one_way", "sigmoid_term"])
+@pytest.mark.parametrize("is_auto", [False, True])
+def test_no_tensor_grows_with_the_square_of_the_batch(
+    is_auto: bool, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch, tile = 256, 8
+    if is_auto:
+        monkeypatch.setitem(tiles.TILE_BYTES, "cpu", tile * batch * 4)
+        monkeypatch.setattr(tiles, "FEWEST_ROWS", 1)
+    asked = 0 if is_auto else tile
     case = Case(batch, **CASES["margin, positives and smoothing beside kd and crd"])
     case.teachers = [(u.float(), w.float(), scale) for u, w, scale in case.teachers]
+    block, positives = Block(*case.leaves(torch.float32)), Positives(case.ids, case.ids)
     with Largest() as largest:
-        case.got(torch.float32, tile)
-    assert largest.elements == 5 * tile * batch  # the buffers
+        if function == "softmax_terms":
+            case.got(torch.float32, asked)
+        elif function == "one_way":
+            tiled.one_way(block, tile=asked).backward()
+        else:
+            tiled.sigmoid_term(block, torch.tensor([-10.0]), positives=positives, tile=asked).backward()
+    assert largest.elements == (5 if function == "softmax_terms" else 2) * tile * batch  # the buffers
 
 
 def one_way_formula(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
-    return -log_softmax(scale * rows @ columns.T).diagonal().mean()
-
-
-def sigmoid_formula(case: Case, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    belongs = torch.eye(len(rows), dtype=torch.bool)
-    if case.ids is not None:
-        belongs = (case.ids[:, None, :] == case.ids[None, :, :]).any(dim=2)
-    logits = scale * rows @ columns.T + bias
-    return torch.where(belongs, (1 + (-logits).exp()).log(), (1 + logits.exp()).log()).sum() / len(rows)
+    return -formulas.log_softmax(scale * rows @ columns.T).diagonal().mean()
 
 
 def row_terms(case: Case, dtype: torch.dtype, tile: int) -> dict[str, tuple[Tensor, tuple[Tensor, ...]]]:
@@ -283,7 +306,7 @@ def check_row_terms(case: Case, got: dict[str, tuple[Tensor, tuple[Tensor, ...]]
     exact = dtype == torch.float64
     for name, expected, inputs in (
         ("one way", one_way_formula(*leaves), leaves),
-        ("sigmoid", sigmoid_formula(case, *leaves, bias), [*leaves, bias]),
+        ("sigmoid", formulas.siglip(*leaves, bias, case.belongs), [*leaves, bias]),
     ):
         value, gradients = got[name]
         assert value.dtype == dtype

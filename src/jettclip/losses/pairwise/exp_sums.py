@@ -19,12 +19,13 @@ class ExpSums:
     Attributes:
         maximum: the largest s [n].
         total: the sum of exp(s - maximum) [n].
-        weighted: the sum of exp(s - maximum) * weight [n].
+        weighted: the sum of exp(s - maximum) * weight [n], if there are weights.
     """
 
-    def __init__(self, like: Tensor, count: int) -> None:
+    def __init__(self, like: Tensor, count: int, is_weighted: bool) -> None:
         self.maximum = like.new_full((count,), -math.inf)
-        self.total, self.weighted = like.new_zeros(2, count)
+        self.total = like.new_zeros(count)
+        self.weighted = like.new_zeros(count) if is_weighted else None
 
     def add(self, where: slice, tile: Tensor, axis: int, weight: Tensor | None, work: Tensor) -> None:
         """Adds a tile along `axis` to the sums at `where`; `work` is as large as the tile, and overwritten."""
@@ -33,7 +34,7 @@ class ExpSums:
         decay = (before - maximum).exp()
         torch.sub(tile, maximum.unsqueeze(axis), out=work).exp_()
         self.total[where] = self.total[where] * decay + work.sum(axis)
-        if weight is not None:
+        if self.weighted is not None and weight is not None:
             self.weighted[where] = self.weighted[where] * decay + work.mul_(weight).sum(axis)
         self.maximum[where] = maximum
 
@@ -43,14 +44,15 @@ class ExpSums:
 
     def mean_weight(self) -> Tensor:
         """Returns the mean weight under the softmax, in float64."""
+        assert self.weighted is not None
         return self.weighted.double() / self.total.double()
 
 
 class StreamedSoftmax:
     """The softmax of a matrix over its rows, and over its columns, which go on over all ranks."""
 
-    def __init__(self, like: Tensor, rows: int, columns: int) -> None:
-        self.rows, self.columns = ExpSums(like, rows), ExpSums(like, columns)
+    def __init__(self, like: Tensor, rows: int, columns: int, *, is_weighted: bool = False) -> None:
+        self.rows, self.columns = (ExpSums(like, count, is_weighted) for count in (rows, columns))
 
     def add(self, tile: Tile, entries: Tensor, work: Tensor, weight: Tensor | None = None) -> None:
         """Adds a tile [rows, B] to the sums; `work` is as large, and overwritten."""
@@ -79,20 +81,21 @@ class LogTotals(NamedTuple):
         return out.add_(entries.sub_(column).exp_())
 
 
-def sum_columns_over_ranks(matrices: Sequence[StreamedSoftmax], others: Tensor) -> Tensor:
+def sum_columns_over_ranks(matrices: Sequence[StreamedSoftmax], others: Sequence[Tensor]) -> None:
     """Completes the columns of matrices, of which each rank has seen its own rows only, in two exchanges.
 
-    Returns:
-        the sum over ranks of `others` [m, B], which travels along.
+    Args:
+        matrices: to complete, in place.
+        others: sums [B] that travel along and are completed in place, too.
     """
     sums = [matrix.columns for matrix in matrices]
-    local = torch.stack([one.maximum for one in sums])
-    maximum = max_over_ranks(local)
-    decay = (local - maximum).exp()
-    totals = torch.stack([one.total for one in sums]) * decay
-    weighted = torch.stack([one.weighted for one in sums]) * decay
-    sizes = [len(sums), len(sums), len(others)]
-    totals, weighted, others = sum_over_ranks(torch.cat([totals, weighted, others])).split(sizes)
-    for one, *numbers in zip(sums, maximum, totals, weighted, strict=True):
-        one.maximum, one.total, one.weighted = numbers
-    return others
+    maxima = max_over_ranks(torch.stack([one.maximum for one in sums]))
+    numbers = [*others]
+    for one, maximum in zip(sums, maxima, strict=True):
+        decay = (one.maximum - maximum).exp()
+        one.maximum = maximum
+        for total in (one.total, one.weighted):
+            if total is not None:
+                numbers.append(total.mul_(decay))
+    for local, complete in zip(numbers, sum_over_ranks(torch.stack(numbers)), strict=True):
+        local.copy_(complete)

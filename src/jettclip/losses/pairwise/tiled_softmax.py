@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from jettclip.losses.pairwise.belonging import Belonging
 from jettclip.losses.pairwise.block import Block, Positives
-from jettclip.losses.pairwise.exp_sums import LogTotals, StreamedSoftmax, sum_columns_over_ranks
+from jettclip.losses.pairwise.ensemble import disagreement
+from jettclip.losses.pairwise.exp_sums import StreamedSoftmax, sum_columns_over_ranks
 from jettclip.losses.pairwise.tiles import Tile, similarities, tiles
 
 
@@ -58,7 +59,7 @@ class TiledSoftmax(torch.autograd.Function):
         clip = sums.clip() if "clip" in plan.wanted else rows.new_zeros(())
         crd = kd = sums.crd() if teachers else rows.new_zeros(())
         if "kd" in plan.wanted and len(teachers) > 1:
-            kd = crd - _disagreement(plan, teachers, buffers)
+            kd = crd - disagreement(plan.teachers, teachers, plan.height, buffers)
         ctx.save_for_backward(rows, columns, scale)
         ctx.offset, ctx.plan, ctx.belonging, ctx.teachers = offset, plan, sums.belonging, teachers
         ctx.student, ctx.contrast = sums.student.log_totals(), sums.contrast.log_totals()
@@ -83,10 +84,10 @@ class TiledSoftmax(torch.autograd.Function):
             grad_columns.addmm_(grad_tile.T, rows[tile.rows])
         # as of the mean over this rank's rows: of parameters' gradients, the mean over ranks is taken
         share = 1 / (2 * len(rows))
-        grad_scale = (rows * grad_rows).sum(dtype=torch.float64) + gradient.margin / scale
+        grad_scale = (rows * grad_rows).sum(dtype=torch.float64) + gradient.margin / scale.double()
         grad_rows.mul_(scale * share)
         grad_columns.mul_(scale * share)
-        return grad_rows, grad_columns, (grad_scale * share).to(scale.dtype), None, None
+        return grad_rows, grad_columns, (grad_scale * share).to(scale.dtype).reshape(scale.shape), None, None
 
 
 class _Sums:
@@ -97,7 +98,7 @@ class _Sums:
         like, shape = student.rows, (len(student.rows), len(student.columns))
         self.contrast = StreamedSoftmax(like, *shape)  # what clip sees, with the margin
         self.student = StreamedSoftmax(like, *shape) if plan.captions and plan.teachers else self.contrast
-        self.teachers = [StreamedSoftmax(like, *shape) for _ in plan.teachers]
+        self.teachers = [StreamedSoftmax(like, *shape, is_weighted=True) for _ in plan.teachers]
         self.belonging = Belonging(like, *shape, plan.positives)
         self.margin = like.new_zeros((), dtype=torch.float64)
 
@@ -122,8 +123,8 @@ class _Sums:
         """Completes the columns with the other ranks' rows."""
         students = [self.contrast] if self.student is self.contrast else [self.contrast, self.student]
         matrices, belonging = [*students, *self.teachers], self.belonging
-        others = torch.stack([belonging.column_sums, belonging.column_counts])
-        belonging.column_sums, belonging.column_counts = sum_columns_over_ranks(matrices, others).unbind()
+        targets = [belonging.column_sums, belonging.column_counts] if "clip" in self.plan.wanted else []
+        sum_columns_over_ranks(matrices, targets)
 
     @property
     def own(self) -> slice:
@@ -139,7 +140,7 @@ class _Sums:
         total += (self.contrast.columns.log_total() - (1 - smoothing) * column_targets)[self.own].sum()
         if smoothing > 0:  # the sum of all similarities is that of two vectors
             rows, columns = (features.sum(dim=0, dtype=torch.float64) for features in self.block[:2])
-            everything = (self.block.scale * torch.dot(rows, columns)).sum() + self.margin
+            everything = torch.dot(self.block.scale * rows, columns) + self.margin
             total -= 2 * smoothing * everything / len(self.block.columns)
         return total / (2 * len(self.block.rows))
 
@@ -191,25 +192,3 @@ class _Gradient:
         plan: Plan = self.forward.plan
         if "clip" in plan.wanted:
             self.forward.belonging.subtract(tile, self.for_clip, plan.label_smoothing, gradient, work)
-
-
-def _disagreement(plan: Plan, teachers: list[LogTotals], buffers: list[Tensor]) -> Tensor:
-    """Returns the mean over teachers of the divergence from one's probabilities to their average, in float64.
-
-    By so much is the mean of their divergences from the student larger than that of their average.
-    """
-    total = buffers[0].new_zeros((), dtype=torch.float64)
-    block = plan.teachers[0]
-    for tile in tiles(block, plan.height):
-        theirs, logs, probabilities, *averages = (buffer[: tile.height] for buffer in buffers)
-        for index, (teacher, softmax) in enumerate(zip(plan.teachers, teachers, strict=True)):
-            similarities(teacher, tile, theirs)
-            for average, log_total in zip(averages, softmax.of(tile), strict=True):
-                torch.sub(theirs, log_total, out=logs)
-                torch.exp(logs, out=probabilities)
-                average.copy_(probabilities) if index == 0 else average.add_(probabilities)
-                total += logs.mul_(probabilities).sum() / len(teachers)
-        for average in averages:
-            average.div_(len(teachers))
-            total -= torch.clamp(average, min=torch.finfo(average.dtype).tiny, out=logs).log_().mul_(average).sum()
-    return total / (2 * len(block.rows))
