@@ -27,8 +27,12 @@ EPOCHS="${EPOCHS:-6}"
 LR="${LR:-1e-4}"
 WARMUP="${WARMUP:-200}"                          # steps
 WORKERS="${WORKERS:-6}"                          # loader processes for each GPU
-# the presets start from S = exp(logit scale) = 100, meant for pretrained weights; without them, from CLIP's own start
-LOGIT_SCALE_INIT="${LOGIT_SCALE_INIT:-$([[ -n "$PRETRAINED" ]] && echo 100 || echo 14.3)}"
+# longclip, jettclip, debias and himo-clip start from S = exp(logit scale) = 100, meant for pretrained weights; without
+# them, from CLIP's own start
+if [[ -z "$PRETRAINED" && "$LOSS" =~ ^(longclip|jettclip|debias|himo-clip)$ ]]; then
+    LOGIT_SCALE_INIT="${LOGIT_SCALE_INIT:-14.3}"
+fi
+LOGIT_SCALE_INIT="${LOGIT_SCALE_INIT:-}"         # none: the loss's own
 LOGS="${LOGS:-logs}"
 NAME="${NAME:-}"                                 # of the run folder under $LOGS; none: made of date and settings
 
@@ -53,7 +57,7 @@ exec torchrun --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" "${rendezvou
     ${PRETRAINED:+--pretrained "$PRETRAINED"} \
     --loss "$LOSS" \
     ${FEATURES:+--features "$FEATURES"} \
-    --logit-scale-init "$LOGIT_SCALE_INIT" \
+    ${LOGIT_SCALE_INIT:+--logit-scale-init "$LOGIT_SCALE_INIT"} \
     --batch-size "$BATCH_SIZE" \
     --epochs "$EPOCHS" \
     --lr "$LR" \

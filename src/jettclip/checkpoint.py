@@ -143,8 +143,8 @@ def _check_loss(path: Path, saved: Mapping[str, Tensor], expected: Mapping[str, 
     if others and all(name.startswith(_LOSS) or name == f"{_TOWERS}logit_bias" for name in others):
         found = ", ".join(f"{name} is {then.get(name, 'missing')}, here {now.get(name, 'missing')}" for name in others)
         raise ValueError(
-            f"it was trained with another --loss or other teachers ({found}); give the same, "
-            f"or start a new run with --pretrained {path}"
+            f"it was trained with another --loss, --mse-projection or --pretrained, or other teachers ({found}); "
+            f"give the same, or start a new run with --pretrained {path}"
         )
 
 

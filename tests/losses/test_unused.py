@@ -58,6 +58,8 @@ def test_all_of_them_are_named() -> None:
         ("mobileclip-dr", {"pca_variance": 0.9, "pca_detach": True}),
         ("mobileclip-dr", {"distill_loss_weights": (0.25, 0.75), "clip_margin": 0.5}),
         ("longclip", {"pca_components": 0}),
+        ("openclip", {"pca_components": 0}),
+        ("himo-clip", {"pca_components": 0, "pca_side": "image"}),
         ("himo-clip", {"pca_components": 8, "pca_scope": "global"}),
         ("clip-kd", {"mse_projection": "linear", "teacher_scale": (50.0,)}),
         ("gd@long", {"mse_projection": "none", "teacher_scale": (50.0,)}),

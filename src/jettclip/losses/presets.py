@@ -64,7 +64,8 @@ PRESETS = {
     # arXiv 2602.22419: Long-CLIP's with other weights; what it does to short captions is the data's
     # (--short-caption-policy)
     "debias": Recipe("0.9*clip@long + 0.1*clip@short", 0.1, logit_scale_init=100.0, logit_scale_max=0.0),
-    # arXiv 2303.15343, section 3.2; OpenCLIP limits S as for CLIP, and sets S and bias before a checkpoint is loaded
+    # arXiv 2303.15343, section 3.2; OpenCLIP limits S as for CLIP, and sets S before a checkpoint is loaded; the
+    # bias of one that has none begins at -10, too (at 0 in OpenCLIP)
     "siglip": Recipe("1*siglip@long", logit_scale_init=10.0, keeps_checkpoint_scale=True, logit_bias_init=-10.0),
     # arXiv 2511.06653 and its code (github.com/UnicomAI/HiMo-CLIP): images with long captions, and with what their
     # components of 0.9 of the variance hold

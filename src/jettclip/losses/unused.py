@@ -35,8 +35,8 @@ READERS = {
     "teacher_scale": Reader(SCALED_TERMS, "1*kd@long"),
     "mse_projection": Reader(PROJECTED_TERMS, "1*mse@long"),
 }
-CHOOSE_COMPONENTS = ("pca_components", "pca_variance")
-OF_COMPONENTS = ("pca_side", "pca_scope", "pca_detach")
+OF_SHORT_VIEW = ("pca_components", "pca_variance", "pca_side")
+OF_COMPONENTS = ("pca_scope", "pca_detach")
 
 
 def find_unused(settings: LossSettings) -> list[str]:
@@ -51,7 +51,7 @@ def find_unused(settings: LossSettings) -> list[str]:
     has_short = reads_short_view(recipe)
     missing = {name: one.named for name, one in READERS.items() if not one.terms & terms}
     remedies = {name: f"add {READERS[name].remedy} to the formula" for name in missing}
-    for name in (*CHOOSE_COMPONENTS, *OF_COMPONENTS):
+    for name in (*OF_SHORT_VIEW, *OF_COMPONENTS):
         if not has_short:
             missing[name], remedies[name] = "short view", "add 1*clip@short to the formula"
         elif name in OF_COMPONENTS and not recipe.has_pca:
@@ -61,6 +61,7 @@ def find_unused(settings: LossSettings) -> list[str]:
         f"{remedies[name]}"
         for name, value in vars(settings).items()
         if name in missing and value not in (None, ()) and value != getattr(before, name)
+        if (name, value) != ("pca_components", 0)  # which asks for nothing
     ]
 
 

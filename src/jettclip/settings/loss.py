@@ -67,7 +67,8 @@ class LossSettings:
     )
     logit_scale_init: float | None = option(
         None,
-        "S = exp(logit scale) to start from, also with --pretrained (default: the preset's, else the model's).",
+        "S = exp(logit scale) to start from, also with --pretrained (default: the preset's; with a siglip term "
+        "10, or the checkpoint's; else the model's).",
     )
     logit_scale_max: float | None = option(
         None, "Largest S = exp(logit scale); 0 for none (default: the preset's, else 100 as in OpenCLIP)."
