@@ -66,7 +66,7 @@ class Dense:
 
     def __init__(self, loss: Loss, features: Features, teacher: TeacherFeatures, chunks: int = 1) -> None:
         self.recipe, self.parameters = loss.recipe, dict(loss.named_parameters())
-        self.features, self.chunks, self.detach = features, chunks, loss.match.coarsen.detach
+        self.features, self.chunks, self.detach = features, chunks, loss.recipe.pca_detach
         split = [part.split([one.width for one in TEACHERS], dim=1) for part in teacher]
         self.teachers = [[part[index] for part in split] for index in range(len(TEACHERS))]
         scales = self.recipe.teacher_scale or tuple(one.logit_scale for one in TEACHERS)

@@ -19,13 +19,12 @@ class Coarsening:
     How many there are is read, and reported, at the call after, when that waits for nothing.
 
     Args:
-        recipe: how many components, or how much variance, of images or of texts.
-        is_global: find the components of all ranks' rows.
-        detach: let no gradient through the choice of the components.
+        recipe: how many components, or how much variance, of images or of texts, in which scope, and whether their
+            choice has a gradient.
     """
 
-    def __init__(self, recipe: Recipe, *, is_global: bool, detach: bool) -> None:
-        self.recipe, self.is_global, self.detach = recipe, is_global, detach
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.is_global = recipe, recipe.pca_scope == "global"
         self._checks_rank = is_first_rank()
         self._previous: _Kept | None = None
 
@@ -40,7 +39,7 @@ class Coarsening:
             features,
             self.recipe.pca_components,
             variance=self.recipe.pca_variance,
-            detach=self.detach,
+            detach=self.recipe.pca_detach,
             is_global=self.is_global,
         )
         if self._checks_rank:

@@ -16,7 +16,6 @@ from jettclip.losses.formula import (
     describe,
     find_recipe,
     parse_formula,
-    teacher_parts_of,
     views_of,
 )
 from jettclip.losses.gd import GdTerm
@@ -43,9 +42,7 @@ class Loss(nn.Module):
 
     Attributes:
         views: the student's captions that the formula reads.
-        teacher_parts: what it needs of the teachers, of ``image``, ``short``, ``long``; empty without teacher terms.
         recipe: the formula and its constants.
-        needs_identity: whether it must be told who is who in a batch.
     """
 
     def __init__(self, settings: LossSettings, embed_dim: int, teachers: Sequence[TeacherInfo] = ()) -> None:
@@ -53,13 +50,12 @@ class Loss(nn.Module):
         self.recipe = recipe = find_recipe(settings)
         self.summands = parse_formula(recipe.formula)
         self.contrasted = [summand.view for summand in self.summands if summand.term == "clip"]
-        self.views, self.teacher_parts = views_of(recipe), teacher_parts_of(recipe)
-        self.needs_identity, self.margin_weight = recipe.multi_positive, recipe.clip_margin
+        self.views = views_of(recipe)
         self.teachers = Teachers(recipe, teachers)
         pairwise = Pairwise(settings.loss_tile)
-        coarsen = Coarsening(recipe, is_global=recipe.pca_scope == "global", detach=recipe.pca_detach)
+        coarsen = Coarsening(recipe)
         distilled = [summand for summand in self.summands if summand.term in TEACHER_TERMS]
-        dense, captions = pairwise.is_dense, self.margin_weight > 0
+        dense, captions = pairwise.is_dense, recipe.clip_margin > 0
         self.match = Matching(self.summands, recipe, coarsen, STUDENT, with_captions=captions, keeps_whole=dense)
         self.match_teacher = Matching(distilled, recipe, coarsen, TEACHER, keeps_whole=dense)
         self.softmax_terms = SoftmaxTerms(pairwise, recipe.label_smoothing)
@@ -79,6 +75,11 @@ class Loss(nn.Module):
     def description(self) -> str:
         """The formula that this loss stands for, and its constants, in words."""
         return describe(self.recipe)
+
+    @property
+    def needs_identity(self) -> bool:
+        """Tells whether `forward` must be told who is who in a batch."""
+        return self.recipe.multi_positive
 
     @property
     def reads_identity(self) -> bool:
@@ -145,9 +146,10 @@ class Loss(nn.Module):
         return values | {term: self.terms[term](seen) for term in terms if term not in values}
 
     def _margin(self, matches: Matches, caption: str) -> Margin | None:
-        if not (self.margin_weight and caption in matches.gathered):
+        weight = self.recipe.clip_margin
+        if not (weight and caption in matches.gathered):
             return None
-        return Margin(self.margin_weight, whole(matches.own[caption]).detach(), matches.gathered[caption].detach())
+        return Margin(weight, whole(matches.own[caption]).detach(), matches.gathered[caption].detach())
 
     def _identities(self, identity: Identity | None) -> Identities | None:
         if identity is None and self.needs_identity:

@@ -59,7 +59,7 @@ def is_distributed() -> bool:
 
 def is_first_rank() -> bool:
     """Tells whether this rank is the one to speak for all."""
-    return not is_distributed() or dist.get_rank() == 0
+    return rank_and_world_size()[0] == 0
 
 
 def row_offset(rows: int) -> int:
